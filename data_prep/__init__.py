@@ -1,0 +1,1 @@
+"""Offline data preparation: raw text and chats become verified token shards."""

@@ -1,0 +1,35 @@
+"""Exceptions shown to users.
+
+Each message is one sentence: what is wrong, where (path, parameter, rank), what was found and
+expected, and what to do. ``exit_code`` is the process exit status the command line uses.
+"""
+
+
+class ForgetScaleError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(ForgetScaleError):
+    """A recipe, override or command line asks for something impossible."""
+
+    exit_code = 2
+
+
+class DataError(ForgetScaleError):
+    """Input data or an artefact on disk is missing, damaged or of the wrong kind."""
+
+    exit_code = 2
+
+
+class ShardError(ForgetScaleError):
+    """A rank's slice of a parameter or gradient is not what it must be."""
+
+
+class CheckpointError(ForgetScaleError):
+    """A checkpoint cannot be written, verified or loaded."""
+
+
+class AuditError(ForgetScaleError):
+    """An element that a freeze plan protects has changed."""
