@@ -1,0 +1,104 @@
+"""The interface between the engine and the methods; nothing else.
+
+The engine's step, as pseudo-code::
+
+    plan = method.prepare(calibration)            # once, on a fresh run
+    for step in 1..num_steps:
+        for micro_batch in step:                  # loss: sums over positions
+            backward(loss(logits, labels) / global target tokens)
+        method.transform_gradients(shards, step)
+        gradients of frozen elements := 0         # before the norm is taken
+        decoupled decay of what may move
+        clip, optimizer step
+        method.after_step(shards, step)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from forgetscale.masks import FreezePlan
+
+
+@dataclass(slots=True)
+class ParamShard:
+    """This rank's slice of one parameter, padding removed."""
+
+    name: str
+    """Name in the Hugging Face checkpoint."""
+    shape: tuple[int, ...]
+    """Shape of the whole parameter."""
+    start: int
+    """First element of the slice in the flattened parameter."""
+    grad: Tensor | None
+    """``[S]`` fp32 gradient, reduced over ranks, not yet clipped."""
+    param: Tensor
+    """``[S]`` fp32 master weights (working copy for parameters that are not trained)."""
+
+
+class ShardSet(Protocol):
+    """All slices of this rank. The engine writes edits back."""
+
+    def __iter__(self) -> Iterator[ParamShard]:
+        """Yield the slices in the same order on every rank."""
+
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
+        """Return the sum over ranks. Collective: every rank must call it."""
+
+    def gather(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return whole parameters as detached fp32 copies. Collective: every rank must call it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one forward pass."""
+
+    input_ids: Tensor
+    """``[B, T]`` int64."""
+    weight: Tensor
+    """``[B]`` fp32, 1 for a real row and 0 for a row that only keeps ranks in step."""
+
+
+class Calibration(Protocol):
+    """Passes over source data before training; leaves the weights bit-equal."""
+
+    model: nn.Module
+    """For forward hooks only: outside forward its parameters are empty."""
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield this rank's batches; all ranks get the same number of equal shape."""
+
+    def forward(self, batch: Batch) -> None:
+        """Run the decoder body without gradients. Collective: every rank must call it."""
+
+    def shards(self) -> ShardSet:
+        """Return this rank's weights."""
+
+    def parameter_name(self, module: str, parameter: str) -> str:
+        """Return the checkpoint name of ``parameter`` of the module called ``module``."""
+
+
+class Method(Protocol):
+    """A protection. What it needs of the run it gets through these calls alone."""
+
+    def prepare(self, calibration: Calibration | None) -> FreezePlan | None:
+        """Return the freeze plan, or None if nothing is protected."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss summed over positions: ``[N, V], [N] -> []`` fp32."""
+
+    def transform_gradients(self, shards: ShardSet, step: int) -> None:
+        """Edit ``grad`` of the slices in place."""
+
+    def after_step(self, shards: ShardSet, step: int) -> Mapping[str, float]:
+        """Edit ``param`` of the slices in place; return metrics."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return state keyed by parameter name, independent of the number of ranks."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""

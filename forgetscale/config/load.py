@@ -1,0 +1,189 @@
+"""Read a recipe: YAML, ``--set`` overrides, strict validation with a sentence per mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from forgetscale.config.recipe import Recipe
+from forgetscale.errors import ConfigError
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe loader that refuses a key written twice (plain YAML keeps the last one silently)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build a mapping, refusing duplicates."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise ConfigError(
+                    f"key {key!r} stands twice (line {key_node.start_mark.line + 1}); keep one."
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file; ConfigError if there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read ({error.strerror}); check the path.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"recipe {path} is not UTF-8 text ({error.reason}); check the file.") from error
+    try:
+        value = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except ConfigError as error:
+        raise ConfigError(f"recipe {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"recipe {path} holds {type(value).__name__}, expected sections (a mapping).")
+    return value
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return a copy of ``values`` with ``path=value`` overrides applied.
+
+    Args:
+        values: Nested mapping from YAML.
+        overrides: Items such as ``method.frozen_fraction=0.4``; the value is read as YAML.
+
+    Raises:
+        ConfigError: An item has no ``=`` or its path runs through a value that is no section.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    for item in overrides:
+        path, separator, text = item.partition("=")
+        if not separator or not path:
+            raise ConfigError(f"--set {item!r} is not of the form path=value.")
+        *sections, last = path.split(".")
+        target = result
+        for depth, section in enumerate(sections):
+            inner = target.setdefault(section, {})
+            if not isinstance(inner, dict):
+                where = ".".join(sections[: depth + 1])
+                raise ConfigError(f"--set {item!r}: {where} is a value, not a section.")
+            target = inner
+        try:
+            target[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {item!r}: the value is not valid YAML.") from error
+    return result
+
+
+def _dataclass_at(location: tuple[Any, ...]) -> list[str]:
+    """Return the field names valid beside the last part of ``location``."""
+    candidates: list[Any] = [Recipe]
+    for part in location[:-1]:
+        found: list[Any] = []
+        for candidate in candidates:
+            hints = typing.get_type_hints(candidate)
+            if part in hints:
+                found += _dataclasses_in(hints[part])
+            elif part in {getattr(candidate, "kind", None), *_kinds(candidate)}:
+                found.append(candidate)
+        candidates = found or candidates
+    return sorted({name.name for item in candidates for name in dataclasses.fields(item)})
+
+
+def _kinds(candidate: Any) -> tuple[Any, ...]:
+    hint = typing.get_type_hints(candidate).get("kind")
+    return typing.get_args(hint) if hint is not None else ()
+
+
+def _dataclasses_in(hint: Any) -> list[Any]:
+    if dataclasses.is_dataclass(hint):
+        return [hint]
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType, typing.Annotated):
+        return [found for part in typing.get_args(hint) for found in _dataclasses_in(part)]
+    return []
+
+
+def _known_kinds() -> set[str]:
+    hint = typing.get_type_hints(Recipe)["method"]
+    return {kind for item in _dataclasses_in(hint) for kind in _kinds(item)}
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    location = tuple(error["loc"])
+    kinds = _known_kinds()
+    shown = ".".join(
+        str(part) for i, part in enumerate(location) if not (part in kinds and i == 1)
+    )
+    kind, value = error["type"], error.get("input")
+    if kind == "unexpected_keyword_argument":
+        names = _dataclass_at(location)
+        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
+        hint = f"nearest valid name: {near[0]}" if near else f"valid names: {', '.join(names)}"
+        return f"{shown} is not a recipe field (value {value!r}; {hint})."
+    if kind in ("missing", "missing_keyword_only_argument"):
+        return f"{shown} is missing; add it to the recipe or give --set {shown}=VALUE."
+    if kind in ("union_tag_invalid", "literal_error"):
+        context = error.get("ctx", {})
+        allowed = context.get("expected_tags") or context.get("expected") or ""
+        found = context.get("tag", value)
+        names = [name.strip(" '") for name in allowed.replace(" or ", ",").split(",")]
+        near = difflib.get_close_matches(str(found), names, n=1, cutoff=0.5)
+        name = shown if kind == "literal_error" else f"{shown}.kind"
+        hint = f"; nearest: {near[0]}" if near else ""
+        return f"{name} is {found!r}, expected one of {', '.join(names)}{hint}."
+    if kind == "union_tag_not_found":
+        return f"{shown}.kind is missing; expected one of {', '.join(sorted(kinds))}."
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{shown}: {message}."
+    return f"{shown} is {value!r}: {message[0].lower() + message[1:]}."
+
+
+_ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+
+
+def validate_recipe(values: Mapping[str, Any]) -> Recipe:
+    """Turn a nested mapping into a ``Recipe``.
+
+    Raises:
+        ConfigError: One sentence per mistake, each with path, value and nearest valid name.
+    """
+    try:
+        return _ADAPTER.validate_python(dict(values))
+    except ValidationError as error:
+        sentences = [_sentence(item) for item in error.errors(include_url=False)]
+        raise ConfigError("\n".join(dict.fromkeys(sentences))) from error
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        path: YAML file. Relative paths inside it are relative to the working folder.
+        overrides: ``path=value`` items, applied in order.
+
+    Raises:
+        ConfigError: The file, an override or a value is wrong.
+    """
+    return validate_recipe(apply_overrides(read_yaml(Path(path)), overrides))
+
+
+def recipe_dict(recipe: Recipe) -> dict[str, Any]:
+    """Return the resolved recipe as plain JSON values, every default written out."""
+    value = _ADAPTER.dump_python(recipe, mode="json")
+    assert isinstance(value, dict)
+    return value
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML text that ``load_recipe`` reads back."""
+    return yaml.safe_dump(recipe_dict(recipe), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,296 @@
+"""The recipe: one frozen dataclass per section, units and ranges beside each field.
+
+Field names are public. A value lives in one place: batch sizes, precision and clipping stand here
+and never in the DeepSpeed JSON (see ``forgetscale.config.deepspeed``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Discriminator
+
+SCORES = ("paper", "official", "mag_l1", "mag_l2", "rand")
+ScoreName = Literal["paper", "official", "mag_l1", "mag_l2", "rand"]
+STRICT = ConfigDict(extra="forbid", str_strip_whitespace=True)
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ValueError(sentence)
+
+
+def _require_fraction(name: str, value: float) -> None:
+    _require(0.0 <= value <= 1.0, f"{name} must lie in [0, 1], got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """What this run is called and where it writes."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: str
+    """Short name shown in logs and reports."""
+    output_dir: Path
+    """Run folder; one folder holds one recipe's run."""
+    seed: int = 42
+    """Seed of everything random except the data order, >= 0."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
+        _require(self.name != "", "name must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The source model: a local Hugging Face folder with safetensors."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    path: Path
+    """Folder with ``config.json``, ``*.safetensors`` and the tokenizer."""
+    revision: str | None = None
+    """Name of the revision the folder holds; recorded, not fetched."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Working precision. Master weights and moments are fp32 either way; fp16 is not offered,
+    because its loss scale sits in the gradients the freeze plan edits."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention code of ``transformers``."""
+    activation_checkpointing: bool = False
+    """Recompute each decoder layer in backward instead of keeping its activations."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenDataConfig:
+    """Training text: a token set made by ``python -m data_prep build``."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["tokens"] = "tokens"
+    """Rows of packed tokens; every position but the last is a target."""
+    path: Path
+    """Token set folder."""
+    shuffle_seed: int = 42
+    """Seed of the row order, >= 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationConfig:
+    """Source data on which importance is measured."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    path: Path
+    """Token set of source chats (``data_prep build --chat``)."""
+    num_blocks: int = 500
+    """Rows used, at equal strides over the set, > 0."""
+    micro_batch_size: int = 1
+    """Rows per forward pass, > 0. Part of the plan's identity: it fixes how matmuls are cut."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.num_blocks > 0, f"num_blocks must be > 0, got {self.num_blocks}")
+        _require(
+            self.micro_batch_size > 0, f"micro_batch_size must be > 0, got {self.micro_batch_size}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftMethodConfig:
+    """Nothing is protected: full fine-tuning or plain continual pre-training."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["sft"] = "sft"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SsuMethodConfig:
+    """Source-Shielded Updates: the most important input columns of each matrix never move."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["ssu"]
+    frozen_fraction: float = 0.5
+    """Share of columns frozen in each matrix, in [0, 1]; 0 protects nothing, 1 freezes the body."""
+    score: ScoreName = "paper"
+    """Column score; see ``forgetscale.ops.importance.column_scores``."""
+    axis: Literal["column"] = "column"
+    """Direction of the freeze: input columns."""
+    layout: Literal["masked"] = "masked"
+    """``masked`` keeps whole tensors trainable and zeroes gradients of frozen elements."""
+    vectors: Literal["elementwise", "train", "freeze"] = "elementwise"
+    """1-D tensors of the decoder body: score each element, train all, or freeze all."""
+    shield_token_ids: tuple[int, ...] = ()
+    """Rows of the embedding and the output head that must not move, by token id."""
+    plan: Path | None = None
+    """A finished plan folder; None makes the plan from ``calibration`` before training."""
+    calibration: CalibrationConfig | None = None
+    """Source data for the scores; not needed by ``mag_l1``, ``mag_l2``, ``rand`` with matrices."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and clashes."""
+        _require_fraction("frozen_fraction", self.frozen_fraction)
+        needs_data = self.score in ("paper", "official")
+        _require(
+            self.plan is not None or self.calibration is not None or not needs_data,
+            f"score {self.score} needs source data: set calibration.path, or plan to reuse one",
+        )
+        _require(
+            all(token >= 0 for token in self.shield_token_ids),
+            f"shield_token_ids must be >= 0, got {min(self.shield_token_ids, default=0)}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HftMethodConfig:
+    """Half fine-tuning: whole matrices, drawn at random per layer, stay frozen."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["hft"]
+    frozen_fraction: Literal[0.5] = 0.5
+    """Only the paper's half is defined."""
+    plan: Path | None = None
+    """A finished plan folder; None draws the plan from ``run.seed``."""
+
+
+MethodConfig = Annotated[
+    SftMethodConfig | SsuMethodConfig | HftMethodConfig, Discriminator("kind")
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW with decoupled decay; states in fp32."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    lr: float = 5.0e-5
+    """Peak learning rate, > 0."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after warmup; cosine and linear end at 0."""
+    warmup_fraction: float = 0.05
+    """Share of all steps with rising rate, in [0, 1); rounded up to whole steps."""
+    weight_decay: float = 0.01
+    """Decoupled decay of matrices, >= 0; 1-D tensors are not decayed."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments, in [0, 1)."""
+    eps: float = 1.0e-8
+    """Added to the root of the second moment, > 0."""
+    max_grad_norm: float = 1.0
+    """Clip the norm over trainable elements, > 0."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.lr > 0, f"lr must be > 0, got {self.lr}")
+        _require(
+            0 <= self.warmup_fraction < 1,
+            f"warmup_fraction must lie in [0, 1), got {self.warmup_fraction}",
+        )
+        _require(self.weight_decay >= 0, f"weight_decay must be >= 0, got {self.weight_decay}")
+        _require(
+            all(0 <= beta < 1 for beta in self.betas), f"betas must lie in [0, 1), got {self.betas}"
+        )
+        _require(self.eps > 0, f"eps must be > 0, got {self.eps}")
+        _require(self.max_grad_norm > 0, f"max_grad_norm must be > 0, got {self.max_grad_norm}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How long, in what portions, and what is kept."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    num_target_tokens: int | None = None
+    """Stop after the first step that reaches this many target tokens, > 0."""
+    num_steps: int | None = None
+    """Stop after this many optimizer steps, > 0; give this or ``num_target_tokens``."""
+    micro_batch_size: int = 8
+    """Sequences per rank and forward pass, > 0."""
+    global_batch_size: int = 32
+    """Sequences per optimizer step over all ranks, > 0; it need not divide by the rank count."""
+    checkpoint_every_steps: int = 500
+    """Steps between checkpoints, > 0; the last step always writes one."""
+    keep_checkpoints: int = 2
+    """Newest verified checkpoints kept, >= 2."""
+    audit_every_steps: int = 100
+    """Steps between hashes of all frozen elements, > 0."""
+    accumulation_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which gradients of micro-batches are summed."""
+    loss_chunk_size: int = 1024
+    """Positions whose logits exist at one time, > 0."""
+    export: bool = True
+    """Write ``export/`` (Hugging Face folder) when training ends."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and clashes."""
+        _require(
+            (self.num_target_tokens is None) != (self.num_steps is None),
+            "give exactly one of num_target_tokens and num_steps",
+        )
+        for name in (
+            "num_target_tokens",
+            "num_steps",
+            "micro_batch_size",
+            "global_batch_size",
+            "checkpoint_every_steps",
+            "audit_every_steps",
+            "loss_chunk_size",
+        ):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} must be > 0, got {value}")
+        _require(
+            self.keep_checkpoints >= 2,
+            f"keep_checkpoints must be >= 2 (one could be damaged), got {self.keep_checkpoints}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """What is measured before, during and after training."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    tasks: tuple[str, ...] = ()
+    """Task names, such as ``perplexity/source`` or ``recall``."""
+    task_dir: Path | None = None
+    """Folder with the tasks."""
+    every_steps: int | None = None
+    """Steps between measurements on the live model (likelihood tasks only), > 0."""
+    batch_size: int = 8
+    """Sequences per rank and forward pass, > 0."""
+    max_new_tokens: int = 64
+    """Longest answer, > 0."""
+    live_tasks: tuple[str, ...] | None = None
+    """Tasks measured during training; None takes every ``tasks`` entry that needs no generation."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and clashes."""
+        _require(
+            not self.tasks or self.task_dir is not None, "tasks need task_dir, the folder they are in"
+        )
+        for name in ("every_steps", "batch_size", "max_new_tokens"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} must be > 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """One complete run."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    run: RunConfig
+    model: ModelConfig
+    data: TokenDataConfig
+    method: MethodConfig
+    train: TrainConfig
+    deepspeed: Path
+    """DeepSpeed JSON: only what DeepSpeed alone knows."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -1,0 +1,155 @@
+"""The freeze plan: which elements must never change, by name, without a mask of full size."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from forgetscale.artifact import ArtifactWriter, canonical_json, hash_bytes, verify_artifact
+from forgetscale.errors import ConfigError, DataError
+from forgetscale.masks.flat import SliceMask
+
+PLAN_FILE = "plan.safetensors"
+PLAN_KIND = "freeze_plan"
+HEADER_KEY = "forgetscale"
+
+
+@dataclass(frozen=True, slots=True)
+class FreezePlan:
+    """Input columns, output rows or whole parameters that must not change.
+
+    Names are those of the source model's safetensors. A vector's elements are its columns.
+
+    Args:
+        columns: Parameter name -> sorted int64 indices of frozen input columns.
+        rows: Parameter name -> sorted int64 indices of frozen output rows.
+        whole: Names of parameters of which nothing may change.
+        provenance: How the plan was made: method, score, fraction, model and data hashes.
+    """
+
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def content_hash(self) -> str:
+        """Return the SHA-256 of what is frozen (not of the provenance)."""
+        parts = {
+            "columns": {name: index.tolist() for name, index in self.columns.items()},
+            "rows": {name: index.tolist() for name, index in self.rows.items()},
+            "whole": sorted(self.whole),
+        }
+        return hash_bytes(canonical_json(parts))
+
+    def check_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that every name exists and every index is in range, sorted and single.
+
+        Raises:
+            ConfigError: The plan does not fit; the message names the tensor.
+        """
+        for name in sorted({*self.columns, *self.rows, *self.whole}):
+            if name not in shapes:
+                near = difflib.get_close_matches(name, list(shapes), n=1)
+                hint = f"; nearest: {near[0]}" if near else ""
+                raise ConfigError(
+                    f"freeze plan: the model has no parameter {name!r} ({len(shapes)} names{hint});"
+                    " make the plan again for this model."
+                )
+        for label, indices, axis in (("column", self.columns, -1), ("row", self.rows, 0)):
+            for name, index in indices.items():
+                shape = shapes[name]
+                size = shape[axis] if label == "column" or len(shape) > 1 else 1
+                if index.numel() == 0:
+                    continue
+                if int(index[0]) < 0 or int(index[-1]) >= size:
+                    raise ConfigError(
+                        f"freeze plan: {name} has {size} {label}s but the plan names {label}"
+                        f" {int(index[-1])}; make the plan again for this model."
+                    )
+                if index.numel() > 1 and not bool((index[1:] > index[:-1]).all()):
+                    raise ConfigError(
+                        f"freeze plan: {label} indices of {name} are not sorted or repeat;"
+                        " make the plan again."
+                    )
+
+    def slice_mask(
+        self, name: str, shape: tuple[int, ...], start: int, length: int, device: torch.device
+    ) -> SliceMask | None:
+        """Return the mask of a rank's slice of a parameter, or None where nothing is frozen.
+
+        Args:
+            name: Parameter name.
+            shape: Shape of the whole parameter.
+            start: First element of the slice in the flattened parameter.
+            length: Elements in the slice, padding excluded.
+            device: Where the slice lives.
+        """
+        columns, rows = self.columns.get(name), self.rows.get(name)
+        if name in self.whole:
+            columns, rows = torch.arange(shape[-1]), None
+        if columns is None and rows is None:
+            return None
+        return SliceMask.build(start, length, shape[-1], columns, rows, device)
+
+    def num_frozen(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Return how many elements of the model are frozen."""
+        total = 0
+        for name in {*self.columns, *self.rows, *self.whole}:
+            shape = shapes[name]
+            width = shape[-1]
+            height = 1 if len(shape) == 1 else shape[0]
+            if name in self.whole:
+                total += width * height
+                continue
+            columns = self.columns[name].numel() if name in self.columns else 0
+            rows = self.rows[name].numel() if name in self.rows else 0
+            total += columns * height + rows * width - columns * rows
+        return total
+
+
+def save_plan(directory: Path, plan: FreezePlan, recipe: Mapping[str, Any] | None = None) -> None:
+    """Write a plan artefact: ``plan.safetensors`` and ``manifest.json``, published at once.
+
+    Args:
+        directory: Plan folder; an older plan there is replaced.
+        plan: The plan.
+        recipe: Resolved recipe to record.
+    """
+    tensors = {f"columns/{name}": index.to(torch.int32) for name, index in plan.columns.items()}
+    tensors |= {f"rows/{name}": index.to(torch.int32) for name, index in plan.rows.items()}
+    header = {"whole": sorted(plan.whole), "provenance": dict(plan.provenance)}
+    with ArtifactWriter(directory, PLAN_KIND, recipe=recipe, replace=True) as writer:
+        safetensors.torch.save_file(
+            tensors, writer.path / PLAN_FILE, {HEADER_KEY: json.dumps(header, sort_keys=True)}
+        )
+        writer.payload = {"content_hash": plan.content_hash(), "provenance": dict(plan.provenance)}
+
+
+def load_plan(path: Path) -> FreezePlan:
+    """Read a plan folder and verify its hash.
+
+    Raises:
+        DataError: No plan is there, or it was damaged.
+    """
+    directory = path.parent if path.name == PLAN_FILE else path
+    manifest = verify_artifact(directory, PLAN_KIND)
+    columns: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
+    with safetensors.safe_open(directory / PLAN_FILE, "pt") as file:
+        header = json.loads((file.metadata() or {})[HEADER_KEY])
+        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            axis, _, name = key.partition("/")
+            {"columns": columns, "rows": rows}[axis][name] = file.get_tensor(key).to(torch.int64)
+    plan = FreezePlan(columns, rows, frozenset(header["whole"]), header["provenance"])
+    if plan.content_hash() != manifest["payload"]["content_hash"]:
+        raise DataError(f"{directory}: the plan's content differs from its manifest; make it again.")
+    return plan

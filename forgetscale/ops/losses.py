@@ -1,0 +1,155 @@
+"""Token losses: pure functions of logits and labels that return a sum over target positions.
+
+Shape letters: N positions, V vocabulary, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor
+
+from forgetscale.ops import IGNORE_INDEX
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+"""``(logits [N, V], labels [N]) -> [] fp32``: a sum over positions, so that chunks may be added."""
+
+
+def cross_entropy(logits: Float[Tensor, "N V"], labels: Int64[Tensor, " N"]) -> Float32[Tensor, ""]:
+    """Return the negative log-likelihood in nats, summed over target positions, in fp32.
+
+    Args:
+        logits: Raw scores of one chunk of positions, any float type.
+        labels: Target ids; ``IGNORE_INDEX`` marks positions without loss. With no target at all
+            the result is 0 and still carries a (zero) gradient.
+    """
+    return torch.nn.functional.cross_entropy(
+        logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss over the vocabulary without the whole logits: gradients are made chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        loss: LossFunction,
+        chunk_size: int,
+        wants: tuple[bool, bool, bool],
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wants_hidden, wants_weight, wants_bias = wants
+        hidden_grad = torch.empty_like(hidden) if wants_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        bias_grad = (
+            torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
+        )
+        for start in range(0, hidden.shape[0], chunk_size):
+            part = slice(start, start + chunk_size)
+            chunk = hidden[part]
+            logits = torch.nn.functional.linear(chunk, weight, bias)
+            if not any(wants):
+                total += loss(logits, labels[part])
+                continue
+            with torch.enable_grad():
+                logits.requires_grad_()
+                value = loss(logits, labels[part])
+                (logits_grad,) = torch.autograd.grad(value, logits)
+            total += value.detach()
+            if hidden_grad is not None:
+                torch.mm(logits_grad, weight, out=hidden_grad[part])
+            if weight_grad is not None:
+                weight_grad += logits_grad.t() @ chunk
+            if bias_grad is not None:
+                bias_grad += logits_grad.float().sum(0)
+        ctx.save_for_backward(
+            hidden_grad,
+            weight_grad if weight_grad is None else weight_grad.to(weight.dtype),
+            bias_grad if bias_grad is None or bias is None else bias_grad.to(bias.dtype),
+        )
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = grads
+        found = [None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors]
+        return (*found, None, None, None, None)
+
+
+def chunked_loss(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    labels: Int64[Tensor, " N"],
+    loss: LossFunction,
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    chunk_size: int = 1024,
+) -> Float32[Tensor, ""]:
+    """Apply the output head and a loss, ``chunk_size`` positions at a time.
+
+    At most ``[chunk_size, V]`` logits exist at once, and the head's weight is read once: the
+    gradients are computed together with the value and only scaled in backward, so ZeRO-3 gathers
+    the head a single time for both. Costs three head-sized matmuls, as plain code does.
+
+    Args:
+        hidden: Last hidden states of the positions, any float type.
+        weight: Output head ``[vocab, width]``.
+        labels: Target ids, already shifted; ``IGNORE_INDEX`` marks positions without loss.
+        loss: Any ``LossFunction``; it must be a sum over positions.
+        bias: Bias of the head, if the model has one.
+        chunk_size: Positions per chunk, > 0.
+
+    Returns:
+        The summed loss in nats, fp32, differentiable once in ``hidden``, ``weight`` and ``bias``.
+
+    Raises:
+        ValueError: ``chunk_size`` is not positive.
+    """
+    if chunk_size <= 0:
+        raise ValueError(f"chunk_size must be > 0, got {chunk_size}")
+    grad = torch.is_grad_enabled()
+    wants = (
+        grad and hidden.requires_grad,
+        grad and weight.requires_grad,
+        grad and bias is not None and bias.requires_grad,
+    )
+    result = _ChunkedLoss.apply(hidden, weight, bias, labels, loss, chunk_size, wants)
+    assert isinstance(result, Tensor)
+    return result
+
+
+@torch.no_grad()
+def token_scores(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    labels: Int64[Tensor, " N"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    chunk_size: int = 1024,
+) -> tuple[Float32[Tensor, " N"], Bool[Tensor, " N"]]:
+    """Return per-position negative log-likelihood (nats) and whether the label is the argmax.
+
+    Args:
+        hidden: Last hidden states of the positions.
+        weight: Output head.
+        labels: Ids to score, in ``0..vocab-1`` everywhere.
+        bias: Bias of the head, if the model has one.
+        chunk_size: Positions whose logits exist at one time, > 0.
+    """
+    nll = torch.empty(labels.shape[0], dtype=torch.float32, device=hidden.device)
+    best = torch.empty(labels.shape[0], dtype=torch.bool, device=hidden.device)
+    for start in range(0, hidden.shape[0], chunk_size):
+        part = slice(start, start + chunk_size)
+        logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
+        chosen = logits.gather(1, labels[part, None])[:, 0]
+        nll[part] = torch.logsumexp(logits, 1) - chosen
+        best[part] = logits.argmax(1) == labels[part]
+    return nll, best
