@@ -1,0 +1,235 @@
+"""Command line of data preparation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from forgetscale.errors import ForgetScaleError
+
+_BUILD_EXAMPLES = """examples:
+  Amharic of MADLAD-400 for continual pre-training:
+    python -m data_prep build --input MADLAD-400/data/am --split clean \\
+        --tokenizer models/OLMo-2-1124-7B-Instruct --block-size 512 --output data/am-512
+
+  the same from the root of a MADLAD-400 copy, release v1.5, 250,000 sampled documents:
+    python -m data_prep build --input MADLAD-400 --language ne --release v1p5 \\
+        --max-documents 250000 --seed 42 \\
+        --tokenizer models/OLMo-2-1124-7B-Instruct --block-size 512 --output data/ne-512
+
+  chats for calibration (rows {"messages": [{"role": ..., "content": ...}, ...]}):
+    python -m data_prep build --input tulu.jsonl --chat --max-documents 2000 --seed 42 \\
+        --max-document-tokens 2048 \\
+        --tokenizer models/OLMo-2-1124-7B-Instruct --block-size 2048 --output data/calibration
+
+Lines that are no documents go to rejects.jsonl in the output (file, line, reason); the build
+fails, leaving nothing, if they are more than --max-reject-fraction of all lines.
+Escapes: MADLAD-400 writes line breaks as backslash + n; \\n, \\t, \\r and \\\\ are undone in one
+left-to-right pass over the field text (--escapes keep turns this off); messages of chats are
+never changed.
+Exit codes: 0 done; 2 input or options wrong, one sentence says what; 1 anything else."""
+
+_VERIFY_EXAMPLES = """examples:
+  python -m data_prep verify data/am-512
+
+Checks every byte and names file, record batch and rows of each damage.
+Exit codes: 0 intact; 2 damaged or no token set."""
+
+_INSPECT_EXAMPLES = """examples:
+  python -m data_prep inspect data/am-512 --row 0
+  python -m data_prep inspect data/am-512 --row 41 --tokenizer models/OLMo-2-1124-7B-Instruct"""
+
+_STATS_EXAMPLES = """examples:
+  python -m data_prep stats data/am-512
+  python -m data_prep stats data/am-512 --json"""
+
+
+def _add_command(commands: Any, name: str, help_text: str, examples: str) -> Any:
+    return commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_build(commands: Any) -> None:
+    build = _add_command(
+        commands, "build", "turn raw text or chats into a token set", _BUILD_EXAMPLES
+    )
+    add = build.add_argument
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        action="extend",
+        metavar="PATH_OR_GLOB",
+        help=".jsonl or .jsonl.gz files, folders of them, or glob patterns; read in this order,"
+        " each folder and pattern sorted by name",
+    )
+    add("--tokenizer", type=Path, required=True, metavar="DIR", help="folder AutoTokenizer loads")
+    add("--block-size", type=int, required=True, metavar="N", help="tokens a row")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to make; must not exist")
+    add("--language", metavar="LANG", help="--input is the root of a MADLAD-400 copy; take LANG")
+    add(
+        "--split",
+        choices=("clean", "noisy"),
+        help="MADLAD-400 split (default: clean with --language, else whatever a folder holds)",
+    )
+    add(
+        "--release",
+        choices=("v1", "v1p5"),
+        help="MADLAD-400 release, where a copy holds a language in both",
+    )
+    add(
+        "--max-documents",
+        type=int,
+        metavar="N",
+        help="take a seeded sample of N documents, in input order (default and 0: all); reads the"
+        " input twice",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="seed of that sample (default 0)")
+    add(
+        "--chat",
+        action="store_true",
+        help="render rows with 'messages' by the tokenizer's chat template, all turns, no"
+        " generation prompt; rows with only 'text' stay plain documents",
+    )
+    add(
+        "--document-end",
+        choices=("eos", "none"),
+        default="eos",
+        help="append the end-of-sequence token to each document that does not end in it already"
+        " (default eos)",
+    )
+    add(
+        "--escapes",
+        choices=("undo", "keep"),
+        default="undo",
+        help="undo MADLAD-400 escapes in 'text' (default undo)",
+    )
+    add(
+        "--max-document-tokens",
+        type=int,
+        metavar="N",
+        help="cut longer documents to N tokens, before the end token (default: never)",
+    )
+    add(
+        "--max-reject-fraction",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="fail if more than this share of the lines is rejected (default 0.05)",
+    )
+    add(
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="processes that tokenise (default: all cores, none extra for small input); the output"
+        " is the same for any N",
+    )
+    add("--log", type=Path, metavar="FILE", help="append progress lines to FILE")
+    build.set_defaults(run=_run_build)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep",
+        description="Prepare token sets for training, calibration and evaluation.",
+        epilog="python -m data_prep COMMAND --help shows options and examples of a command.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_build(commands)
+    verify = _add_command(commands, "verify", "check every byte of a token set", _VERIFY_EXAMPLES)
+    verify.set_defaults(run=_run_verify)
+    inspect = _add_command(commands, "inspect", "show the documents of one row", _INSPECT_EXAMPLES)
+    inspect.add_argument("--row", type=int, required=True, metavar="N", help="first row = 0")
+    inspect.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="decode with this tokenizer (default: the folder it was built with)",
+    )
+    inspect.set_defaults(run=_run_inspect)
+    stats = _add_command(commands, "stats", "print counts of a token set", _STATS_EXAMPLES)
+    stats.add_argument("--json", action="store_true", help="print JSON")
+    stats.set_defaults(run=_run_stats)
+    for command in (verify, inspect, stats):
+        command.add_argument("directory", type=Path, metavar="DIR", help="token set folder")
+    return parser
+
+
+def _run_build(args: argparse.Namespace) -> int:
+    from data_prep.build import BuildOptions, build
+
+    names = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
+    payload = build(BuildOptions(inputs=tuple(names.pop("input")), **names))
+    rejects = payload["rejects"]["num_rejects"]
+    print(
+        f"{args.output}: {payload['num_rows']:,} rows of {payload['block_size']} tokens from"
+        f" {payload['num_documents']:,} documents, {payload['num_text_bytes']:,} bytes of text;"
+        f" {payload['packing']['dropped_tail_tokens']} tokens left over at the end."
+    )
+    if rejects:
+        print(
+            f"warning: {rejects} lines are no documents; see {args.output / 'rejects.jsonl'}.",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _run_verify(args: argparse.Namespace) -> int:
+    from forgetscale.data import TokenSet
+
+    token_set = TokenSet(args.directory)
+    damages = list(token_set.damages())
+    for sentence in damages:
+        print(f"error: {sentence}", file=sys.stderr)
+    if damages:
+        return 2
+    print(
+        f"{args.directory}: intact; {token_set.num_rows:,} rows in"
+        f" {len(token_set.payload['shards'])} shard(s), content hash {token_set.content_hash}."
+    )
+    return 0
+
+
+def _run_inspect(args: argparse.Namespace) -> int:
+    from data_prep.reports import describe_row
+
+    print(describe_row(args.directory, args.row, args.tokenizer))
+    return 0
+
+
+def _run_stats(args: argparse.Namespace) -> int:
+    from data_prep.reports import collect_stats, format_stats
+
+    stats = collect_stats(args.directory)
+    print(json.dumps(stats, indent=1, ensure_ascii=False) if args.json else format_stats(stats))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 2 input wrong, 1 anything else."""
+    args = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        code: int = args.run(args)
+    except ForgetScaleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error}; nothing was published.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: stopped; nothing was published.", file=sys.stderr)
+        return 130
+    return code

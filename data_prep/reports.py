@@ -1,0 +1,118 @@
+"""Looking at a finished token set: damage, one row, statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.tokenise import load_tokenizer
+from forgetscale.data import TokenSet, require_same_tokenizer
+from forgetscale.errors import ConfigError, DataError
+
+
+def describe_row(directory: Path, row: int, tokenizer_dir: Path | None) -> str:
+    """Return the documents of a row as text: file, line, tokens, decoded piece.
+
+    Args:
+        directory: Token set.
+        row: Row number, first = 0.
+        tokenizer_dir: Tokenizer to decode with; None: the one the set was built with.
+
+    Raises:
+        ConfigError: There is no such row.
+        DataError: The set is damaged there, or the tokenizer is gone or another one.
+    """
+    token_set = TokenSet(directory)
+    if not 0 <= row < token_set.num_rows:
+        raise ConfigError(
+            f"{directory} has rows 0 to {token_set.num_rows - 1}, --row asks for {row}."
+        )
+    folder = tokenizer_dir or token_set.payload.get("tokenizer_path")
+    if folder is None:
+        raise ConfigError(f"{directory} does not say which tokenizer made it; pass --tokenizer.")
+    if not Path(folder).is_dir():
+        raise DataError(f"tokenizer folder {folder} is gone; pass its new place with --tokenizer.")
+    require_same_tokenizer(token_set, Path(folder))
+    tokenizer = load_tokenizer(Path(folder))
+    ids = token_set.read([row])[0]
+    lines = [f"row {row} of {directory}: {token_set.block_size} tokens"]
+    start = 0
+    for number, piece in enumerate(token_set.document_pieces(row), start=1):
+        text = tokenizer.decode(ids[start : start + piece.num_tokens].tolist())
+        lines.append(
+            f"\n[{number}] {piece.file} line {piece.line}, tokens {start} to"
+            f" {start + piece.num_tokens - 1}"
+        )
+        lines.append(text)
+        start += piece.num_tokens
+    return "\n".join(lines)
+
+
+def collect_stats(directory: Path) -> dict[str, Any]:
+    """Return counts and shares of a token set, ready for printing or JSON."""
+    token_set = TokenSet(directory)
+    payload = token_set.payload
+    lengths = token_set.document_lengths()
+    quantiles = np.quantile(lengths, [0, 0.5, 0.9, 1]).astype(int).tolist()
+    return {
+        "rows": token_set.num_rows,
+        "block_size": token_set.block_size,
+        "tokens": token_set.num_tokens,
+        "documents": token_set.num_documents,
+        "documents_detail": payload.get("documents", {}),
+        "text_bytes": token_set.num_text_bytes,
+        "text_bytes_per_token": token_set.num_text_bytes / token_set.num_tokens,
+        "pieces_per_row": len(lengths) / token_set.num_rows,
+        "piece_tokens": dict(zip(("min", "median", "p90", "max"), quantiles, strict=True)),
+        "token_type": payload["dtype"],
+        "vocab_size": token_set.vocab_size,
+        "shards": len(payload["shards"]),
+        "bytes_on_disk": sum(shard["size"] for shard in payload["shards"]),
+        "dropped_tail_tokens": payload["packing"]["dropped_tail_tokens"],
+        "document_end": payload["document_end"],
+        "chat": payload["chat"],
+        "rejects": payload["rejects"],
+        "escapes_undone": _sum_escapes(payload["sources"]),
+        "tokenizer_sha256": token_set.tokenizer_sha256,
+        "content_hash": token_set.content_hash,
+        "sources": [
+            {key: source[key] for key in ("path", "num_documents", "num_rejected")}
+            for source in payload["sources"]
+        ],
+    }
+
+
+def _sum_escapes(sources: list[dict[str, Any]]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for source in sources:
+        for escape, count in source["num_escapes"].items():
+            totals[escape] = totals.get(escape, 0) + count
+    return totals
+
+
+def format_stats(stats: dict[str, Any]) -> str:
+    """Return ``stats`` as aligned lines for reading."""
+    lines = []
+    for key, value in stats.items():
+        if key == "sources":
+            lines.append("sources")
+            lines += [
+                f"  {source['path']}: {source['num_documents']:,} documents,"
+                f" {source['num_rejected']:,} rejected"
+                for source in value
+            ]
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {_number(part)}" for name, part in value.items())
+        lines.append(f"{key.replace('_', ' '):22}{_number(value)}")
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
