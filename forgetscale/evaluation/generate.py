@@ -1,0 +1,188 @@
+"""Answers from a plain transformers model: batched, left-padded, with a key-value cache.
+
+Every rank holds its own copy of the model and answers its own batches; nothing is communicated
+while decoding, so ranks may need different numbers of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+from forgetscale.errors import DataError
+from forgetscale.evaluation.collective import Collective
+from forgetscale.evaluation.plan import gather_exactly_once, plan_batches
+from forgetscale.evaluation.prompts import ChatPrompts
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How answers are decoded.
+
+    Attributes:
+        temperature: 0 decodes greedily; above 0 samples.
+        top_p: Share of probability sampled from, in (0, 1].
+        top_k: Most tokens sampled from; 0 for all.
+        repetition_penalty: Above 1 makes seen tokens less likely, also when greedy.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(
+                "decoding needs temperature >= 0, top_p in (0, 1] and top_k >= 0, got"
+                f" {self.temperature}, {self.top_p} and {self.top_k}"
+            )
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be > 0, got {self.repetition_penalty}")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A generated answer.
+
+    Attributes:
+        text: Decoded answer without special tokens.
+        stopped: True if the model ended its turn, False if it was cut at the length limit.
+    """
+
+    text: str
+    stopped: bool
+
+
+def plain_generation_config(**settings: Any) -> GenerationConfig:
+    """Return transformers' generation settings with nothing but ``settings`` changed."""
+    make: Callable[..., GenerationConfig] = GenerationConfig
+    return make(**settings)
+
+
+def generation_config(
+    decoding: Decoding, *, max_new_tokens: int, stop_ids: Sequence[int], pad_id: int
+) -> GenerationConfig:
+    """Return the transformers settings for ``decoding``."""
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": decoding.temperature > 0,
+        "num_beams": 1,
+        "use_cache": True,
+        "eos_token_id": list(stop_ids),
+        "pad_token_id": pad_id,
+        "repetition_penalty": decoding.repetition_penalty,
+    }
+    if decoding.temperature > 0:
+        settings |= {
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            "top_k": decoding.top_k,
+        }
+    return plain_generation_config(**settings)
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any,
+    prompts: ChatPrompts,
+    prompt_rows: Sequence[Sequence[int]],
+    *,
+    collective: Collective,
+    batch_size: int,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    decoding: Decoding,
+    seed: int,
+    on_answers: Callable[[int], None] = lambda count: None,
+) -> list[Answer]:
+    """Answer all prompts.
+
+    Collective: every rank must call it, with the same prompts.
+
+    Batches are made over all prompts before they are dealt to ranks, so the answers are the same
+    for any number of ranks. Greedy answers in fp32 do not depend on the batch size either;
+    sampled ones do, since each batch has its own seed.
+
+    Args:
+        model: Causal language model with no defaults of its own left in ``generation_config``.
+        prompts: Chat template, for padding and decoding.
+        prompt_rows: Token ids of each prompt.
+        collective: The processes that evaluate together.
+        batch_size: Prompts decoded together.
+        max_new_tokens: Longest answer in tokens, the end-of-turn token included.
+        stop_ids: Tokens that end an answer.
+        decoding: Greedy or sampling.
+        seed: Seed of sampling; unused when greedy.
+        on_answers: Called with the number of answers this rank has just finished.
+
+    Returns:
+        One answer per prompt, in order, on all ranks.
+
+    Raises:
+        DataError: A prompt and its answer do not fit the model's positions.
+    """
+    longest = max(len(row) for row in prompt_rows)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise DataError(
+            f"the longest prompt has {longest} tokens and the answer may have {max_new_tokens}, but"
+            f" the model has {limit} positions; lower max_new_tokens or shorten the prompt."
+        )
+    config = generation_config(
+        decoding, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=prompts.pad_id
+    )
+    local: dict[int, Answer] = {}
+    for batch in plan_batches(
+        [len(row) for row in prompt_rows],
+        batch_size,
+        rank=collective.rank,
+        world_size=collective.world_size,
+    ):
+        if batch.dummy:
+            continue
+        rows = [prompt_rows[item] for item in batch.items]
+        with torch.random.fork_rng(enabled=decoding.temperature > 0):
+            if decoding.temperature > 0:
+                torch.manual_seed(_batch_seed(seed, batch.number))
+            new_ids = _decode(model, rows, prompts.pad_id, config)
+        for item, ids in zip(batch.items, new_ids, strict=True):
+            local[item] = _cut(ids, set(stop_ids), prompts)
+        on_answers(len(rows))
+    answers = gather_exactly_once(collective, local, range(len(prompt_rows)))
+    return [answers[item] for item in range(len(prompt_rows))]
+
+
+def _batch_seed(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint32)[0])
+
+
+def _decode(
+    model: Any, rows: Sequence[Sequence[int]], pad_id: int, config: GenerationConfig
+) -> list[list[int]]:
+    """Return the new ids of each row, padded behind its end."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.tensor(row, dtype=torch.int64)
+        mask[index, longest - len(row) :] = 1
+    device = model.device
+    whole = model.generate(
+        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+    )
+    new_ids: list[list[int]] = whole[:, longest:].tolist()
+    return new_ids
+
+
+def _cut(ids: Sequence[int], stop_ids: set[int], prompts: ChatPrompts) -> Answer:
+    for position, token_id in enumerate(ids):
+        if token_id in stop_ids:
+            return Answer(prompts.decode(ids[:position]), stopped=True)
+    return Answer(prompts.decode(ids), stopped=False)

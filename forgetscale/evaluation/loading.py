@@ -1,0 +1,73 @@
+"""From task names to tasks that are ready to be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from forgetscale.data import TokenSet, require_same_tokenizer
+from forgetscale.errors import DataError
+from forgetscale.evaluation.forced import TokenPerplexity
+from forgetscale.evaluation.tasks import ChatTask, is_perplexity, load_chat_task
+
+
+def load_tasks(
+    names: Sequence[str], task_dir: Path, *, tokenizer: Any, max_rows: int | None = None
+) -> list[ChatTask | TokenPerplexity]:
+    """Load every named task.
+
+    Args:
+        names: Task names, checked by ``check_task_names``.
+        task_dir: Folder of tasks.
+        tokenizer: The model's tokenizer; token sets made with another one are refused.
+        max_rows: Rows used of each token set; None for all.
+
+    Raises:
+        DataError: A task is malformed or does not fit the tokenizer.
+    """
+    return [
+        load_perplexity(task_dir, name, tokenizer=tokenizer, max_rows=max_rows)
+        if is_perplexity(name)
+        else load_chat_task(task_dir, name)
+        for name in names
+    ]
+
+
+def load_perplexity(
+    task_dir: Path, name: str, *, tokenizer: Any, max_rows: int | None = None
+) -> TokenPerplexity:
+    """Open the token set ``task_dir/perplexity/NAME`` and read the rows that are scored.
+
+    Args:
+        task_dir: Folder of tasks.
+        name: Task name, ``perplexity/NAME``.
+        tokenizer: The model's tokenizer. If it was loaded from a folder, its files are compared
+            by hash with those the set was made with, else only the size of the vocabulary.
+        max_rows: Use the first rows only, to bound the cost of frequent evaluation, >= 1.
+
+    Raises:
+        DataError: There is no valid token set, or it does not fit the tokenizer.
+        ValueError: ``max_rows`` is below 1.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be >= 1, got {max_rows}")
+    token_set = TokenSet(Path(task_dir) / name)
+    folder = Path(str(tokenizer.name_or_path))
+    if folder.is_dir():
+        require_same_tokenizer(token_set, folder)
+    elif token_set.vocab_size > len(tokenizer):
+        raise DataError(
+            f"{token_set.path} was made with {token_set.vocab_size} token ids, but the tokenizer"
+            f" {tokenizer.name_or_path} has {len(tokenizer)}; build the token set again with the"
+            " tokenizer of the model."
+        )
+    num_rows = min(token_set.num_rows, max_rows or token_set.num_rows)
+    dropped = int(token_set.payload["packing"]["dropped_tail_tokens"])
+    num_bytes = token_set.num_text_bytes
+    return TokenPerplexity(
+        name,
+        token_set.read(range(num_rows)),
+        tokens_per_byte=(token_set.num_tokens + dropped) / num_bytes if num_bytes else None,
+        content_hash=token_set.content_hash,
+    )

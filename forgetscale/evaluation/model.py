@@ -1,0 +1,313 @@
+"""Full evaluation of a Hugging Face folder: every kind of task, on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from forgetscale.artifact import canonical_json, hash_bytes, hash_file
+from forgetscale.errors import DataError
+from forgetscale.evaluation.bootstrap import NUM_RESAMPLES
+from forgetscale.evaluation.collective import Collective, SingleProcess, publish_on_rank_zero
+from forgetscale.evaluation.forced import (
+    ForcedRecall,
+    Measured,
+    MeasureSettings,
+    TokenPerplexity,
+    share_result,
+)
+from forgetscale.evaluation.generate import Decoding, generate_answers, plain_generation_config
+from forgetscale.evaluation.likelihood import HuggingFaceLikelihood
+from forgetscale.evaluation.loading import load_tasks
+from forgetscale.evaluation.prompts import ChatPrompts
+from forgetscale.evaluation.results import Result, SampleRecord, write_results
+from forgetscale.evaluation.scoring import METRICS, counts
+from forgetscale.evaluation.tasks import ChatTask, check_task_names
+from forgetscale.progress import Progress
+
+DEFAULT_NEW_TOKENS = 64
+DTYPES = ("auto", "float32", "bfloat16")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model folder ready to be asked.
+
+    Attributes:
+        model: Causal language model in evaluation mode, without generation defaults of its own.
+        tokenizer: Its tokenizer.
+        stop_ids: End-of-sequence ids of the folder's generation settings.
+    """
+
+    model: Any
+    tokenizer: Any
+    stop_ids: list[int]
+
+
+def load_model(model_dir: Path, *, dtype: str = "auto", device: str | None = None) -> LoadedModel:
+    """Load a Hugging Face folder with plain transformers; no code from the folder is run.
+
+    Args:
+        model_dir: Folder with ``config.json``, safetensors and tokenizer files.
+        dtype: ``auto`` (as stored), ``float32`` or ``bfloat16``.
+        device: Torch device; None takes the GPU that ``torch.cuda`` selects, else the CPU.
+
+    Raises:
+        DataError: The folder, its weights or its tokenizer are missing.
+        ValueError: ``dtype`` is none of the three.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    model_dir = Path(model_dir)
+    if not (model_dir / "config.json").is_file():
+        raise DataError(f"{model_dir} holds no config.json; expected a Hugging Face model folder.")
+    if not any(model_dir.glob("*.safetensors")):
+        raise DataError(
+            f"{model_dir} holds no .safetensors file; other weight formats can run code when they"
+            " are read and are refused; convert the model to safetensors."
+        )
+    if not any((model_dir / name).is_file() for name in _TOKENIZER_FILES):
+        raise DataError(f"{model_dir} holds no tokenizer; copy the model's tokenizer files there.")
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        model_dir,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    eos = model.generation_config.eos_token_id
+    model.generation_config = plain_generation_config()
+    stop_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    return LoadedModel(model, tokenizer, stop_ids)
+
+
+def hash_model(model_dir: Path) -> str:
+    """Return the SHA-256 over the configuration and every safetensors file of a model folder."""
+    files = [Path(model_dir) / "config.json", *sorted(Path(model_dir).glob("*.safetensors"))]
+    return hash_bytes(canonical_json({path.name: hash_file(path) for path in files}))
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationOptions:
+    """Less common choices of a full evaluation.
+
+    Attributes:
+        dtype: ``auto`` (as stored), ``float32`` or ``bfloat16``.
+        device: Torch device; None takes the selected GPU, else the CPU.
+        decoding: Greedy or sampling.
+        generate_exact: Generate answers of exact tasks too, instead of teacher forcing.
+        max_rows: Rows used of each token set; None for all.
+        num_resamples: Bootstrap resamples, >= 1000.
+    """
+
+    dtype: str = "auto"
+    device: str | None = None
+    decoding: Decoding = field(default_factory=Decoding)
+    generate_exact: bool = False
+    max_rows: int | None = None
+    num_resamples: int = NUM_RESAMPLES
+
+
+class ModelEvaluator:
+    """Tasks prepared for one loaded model.
+
+    Args:
+        loaded: Model and tokenizer.
+        tasks: Task names.
+        task_dir: Folder of tasks.
+        max_new_tokens: Longest answer in tokens, for all tasks or by task name (others: 64).
+        options: Decoding and how much is measured.
+
+    Raises:
+        DataError: A task is missing or malformed, or does not fit the tokenizer.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        tasks: Sequence[str],
+        task_dir: Path,
+        *,
+        max_new_tokens: int | Mapping[str, int] = DEFAULT_NEW_TOKENS,
+        options: EvaluationOptions | None = None,
+    ) -> None:
+        check_task_names(tasks, task_dir)
+        self._loaded = loaded
+        self._max_new_tokens = max_new_tokens
+        self._options = options or EvaluationOptions()
+        self._likelihood = HuggingFaceLikelihood(loaded.model)
+        self._tasks = load_tasks(
+            tasks, task_dir, tokenizer=loaded.tokenizer, max_rows=self._options.max_rows
+        )
+        has_chat = any(isinstance(task, ChatTask) for task in self._tasks)
+        self._prompts = ChatPrompts(loaded.tokenizer) if has_chat else None
+
+    @property
+    def task_hashes(self) -> dict[str, str]:
+        """Task name -> SHA-256 of its content."""
+        return {task.name: task.task_hash for task in self._tasks}
+
+    def evaluate(
+        self,
+        collective: Collective,
+        settings: MeasureSettings,
+        *,
+        log_path: Path | None = None,
+    ) -> Measured:
+        """Measure all tasks.
+
+        Collective: every rank must call it.
+
+        Args:
+            collective: The processes that evaluate together.
+            settings: Batch size, seed and bootstrap.
+            log_path: Text file for plain progress lines.
+
+        Returns:
+            Results in the order of the tasks, and one record per question or row.
+        """
+        results: list[Result] = []
+        samples: list[SampleRecord] = []
+        visible = collective.rank == 0
+        with Progress(
+            len(self._tasks), "evaluate", unit="task", log_path=log_path, visible=visible
+        ) as progress:
+            for number, task in enumerate(self._tasks, start=1):
+                measured = self._measure(task, collective, settings)
+                results += measured[0]
+                samples += measured[1]
+                progress.update(number, task.name)
+        return results, samples
+
+    def _measure(
+        self,
+        task: ChatTask | TokenPerplexity,
+        collective: Collective,
+        settings: MeasureSettings,
+    ) -> Measured:
+        if isinstance(task, TokenPerplexity):
+            return task.measure(self._likelihood, collective, settings)
+        assert self._prompts is not None
+        if task.kind == "exact" and not self._options.generate_exact:
+            recall = ForcedRecall(task, self._prompts)
+            return recall.measure(self._likelihood, collective, settings)
+        return self._generate(task, self._prompts, collective, settings)
+
+    def _generate(
+        self,
+        task: ChatTask,
+        prompts: ChatPrompts,
+        collective: Collective,
+        settings: MeasureSettings,
+    ) -> Measured:
+        limit = self._max_new_tokens
+        answers = generate_answers(
+            self._loaded.model,
+            prompts,
+            [prompts.prompt_ids(question.messages) for question in task.questions],
+            collective=collective,
+            batch_size=settings.batch_size,
+            max_new_tokens=limit
+            if isinstance(limit, int)
+            else limit.get(task.name, DEFAULT_NEW_TOKENS),
+            stop_ids=sorted({*prompts.stop_ids(), *self._loaded.stop_ids}),
+            decoding=self._options.decoding,
+            seed=settings.seed,
+        )
+        counted = [
+            counts(task, question, answer.text, stopped=answer.stopped)
+            for question, answer in zip(task.questions, answers, strict=True)
+        ]
+        metric, higher_is_better, _ = METRICS[task.kind]
+        samples = [
+            SampleRecord(
+                task.name,
+                question.id,
+                float(value),
+                1.0,
+                question.messages[-1]["content"],
+                answer.text,
+                "\n".join(question.answers),
+                "stop" if answer.stopped else "length",
+            )
+            for question, answer, value in zip(task.questions, answers, counted, strict=True)
+        ]
+        return [share_result(task, metric, higher_is_better, counted, settings)], samples
+
+
+def evaluate_model(
+    model_dir: Path,
+    tasks: Sequence[str],
+    task_dir: Path,
+    output_dir: Path,
+    *,
+    collective: Collective | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int | Mapping[str, int] = DEFAULT_NEW_TOKENS,
+    seed: int = 0,
+    options: EvaluationOptions | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    replace: bool = False,
+    log_path: Path | None = None,
+) -> list[Result]:
+    """Evaluate a model folder on tasks and publish ``results.json`` and ``samples.parquet``.
+
+    Collective: every rank must call it. Each rank loads the whole model.
+
+    Args:
+        model_dir: Hugging Face folder.
+        tasks: Task names, such as ``recall`` or ``perplexity/target``.
+        task_dir: Folder of tasks.
+        output_dir: Result folder to make, by rank 0.
+        collective: The processes that evaluate together; None for this one alone.
+        batch_size: Samples in a forward call, or prompts decoded together, >= 1.
+        max_new_tokens: Longest answer in tokens, for all tasks or by task name (others: 64).
+        seed: Seed of bootstrap and sampling.
+        options: Precision, device, decoding and how much is measured; None for the defaults.
+        recipe: Resolved recipe to record.
+        replace: Swap an existing result folder.
+        log_path: Text file for plain progress lines.
+
+    Returns:
+        The results, on all ranks.
+
+    Raises:
+        DataError: Model folder, task or output folder is not as it must be.
+    """
+    collective = collective or SingleProcess()
+    options = options or EvaluationOptions()
+    if Path(output_dir).exists() and not replace:
+        raise DataError(f"{output_dir} exists already; name another output folder or remove it.")
+    check_task_names(tasks, task_dir)
+    loaded = load_model(model_dir, dtype=options.dtype, device=options.device)
+    evaluator = ModelEvaluator(
+        loaded, tasks, task_dir, max_new_tokens=max_new_tokens, options=options
+    )
+    settings = MeasureSettings(batch_size, seed, options.num_resamples)
+    results, samples = evaluator.evaluate(collective, settings, log_path=log_path)
+    limits = max_new_tokens if isinstance(max_new_tokens, int) else dict(max_new_tokens)
+    recorded = {"model": Path(model_dir).name, "batch_size": batch_size, "seed": seed}
+    recorded |= {"max_new_tokens": limits, **asdict(options)}
+    recorded["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
+
+    def publish() -> None:
+        inputs = {**evaluator.task_hashes, "model": hash_model(model_dir)}
+        write_results(
+            output_dir,
+            results,
+            samples,
+            settings=recorded,
+            inputs=inputs,
+            recipe=recipe,
+            replace=replace,
+        )
+
+    publish_on_rank_zero(collective, publish)
+    return results
