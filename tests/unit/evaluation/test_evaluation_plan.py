@@ -1,11 +1,17 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forgetscale.errors import ForgetScaleError
-from forgetscale.evaluation.collective import SingleProcess, publish_on_rank_zero
+from forgetscale.evaluation.collective import (
+    ProcessGroupCollective,
+    SingleProcess,
+    publish_on_rank_zero,
+)
 from forgetscale.evaluation.plan import gather_exactly_once, plan_batches
 
 
@@ -66,3 +72,14 @@ def test_a_failed_write_fails_every_rank(run_ranks: Any) -> None:
         "1 rank 0 could not write the results: disk full",
         "2 rank 0 could not write the results: disk full",
     ]
+
+
+def test_process_group_collective_gathers_over_the_group(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        ranks = ProcessGroupCollective()
+        assert (ranks.rank, ranks.world_size) == (0, 1)
+        assert ranks.gather_objects({"a": 1}) == [{"a": 1}]
+    finally:
+        torch.distributed.destroy_process_group()
