@@ -9,8 +9,8 @@ uncompressed, one row = one packed block:
   (position in ``payload["sources"]``), line number (first line = 1) in the lower 40 bits.
 
 Labels and masks are derived, never stored. Every byte of a shard is covered by an xxh3 hash: one
-for each record batch (message header and body; the first one includes the schema message) and one
-for what stands before and after them (``frame_xxh3``).
+for each record batch (message header and body; the first one includes the start of the file) and
+one for what stands outside them, the footer (``frame_xxh3``).
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class _Shard:
 
     @cached_property
     def reader(self) -> pa.RecordBatchFileReader:
-        """Arrow reader, made once header and footer are known to be good."""
+        """Arrow reader, made once the footer is known to be good."""
         if (damage := self.frame_damage()) is not None:
             raise DataError(damage)
         try:
@@ -71,7 +71,7 @@ class _Shard:
         return reader
 
     def frame_damage(self) -> str | None:
-        """Return a sentence if header or footer changed, else None."""
+        """Return a sentence if what stands outside record batches changed, else None."""
         batches = self.info.batches
         end = batches[-1].offset + batches[-1].size
         frame = xxhash.xxh3_64(self._bytes[: batches[0].offset])
@@ -79,7 +79,7 @@ class _Shard:
         if frame.hexdigest() == self.info.frame_xxh3:
             return None
         return (
-            f"{self.path} is damaged in its header or footer (xxh3 differs from the manifest);"
+            f"{self.path} is damaged in its footer (xxh3 differs from the manifest);"
             " copy the token set again or build it again."
         )
 

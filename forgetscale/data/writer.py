@@ -87,7 +87,7 @@ class _OpenShard:
         self.num_rows += len(rows)
 
     def close(self) -> tuple[int, str, str]:
-        """Write the footer; return size, SHA-256 and the hash of header and footer."""
+        """Write the footer; return size, SHA-256 and the hash of what stands outside batches."""
         self._writer.close()
         self._file.close()
         file = self._file
