@@ -225,7 +225,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"error: {error}; nothing was published.", file=sys.stderr)
+        place = error.filename or (args.output if args.command == "build" else args.directory)
+        print(
+            f"error: {args.command} stopped at {place}: {error.strerror or error}; nothing was"
+            " published; repair that and run it again.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("error: stopped; nothing was published.", file=sys.stderr)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
 from data_prep.records import BadRecordError, Document, parse_record, undo_escapes
@@ -110,12 +110,31 @@ def end_token_id(tokenizer: Any, policy: str, directory: Path) -> int | None:
     return int(tokenizer.eos_token_id)
 
 
+def plain_backend(tokenizer: Any) -> Any | None:
+    """Return the Rust tokenizer if calling it directly gives what the Python class gives.
+
+    It does where the class changes nothing on the way (truncation and padding switched off): the
+    same ids without offsets, 1.3 times as fast. None for slow tokenizers and for classes with
+    their own encoding.
+    """
+    kind, plain = type(tokenizer), PreTrainedTokenizerFast
+    if not isinstance(tokenizer, plain):
+        return None
+    if kind.__call__ is not plain.__call__ or kind._encode_plus is not plain._encode_plus:
+        return None
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
 class UnitTokenizer:
     """Turn units into tokens in this process."""
 
     def __init__(self, options: TokenizeOptions) -> None:
         self._options = options
         self._tokenizer = load_tokenizer(options.tokenizer)
+        self._backend = plain_backend(self._tokenizer)
 
     def __call__(self, unit: Unit) -> TokenizedUnit:
         """Return the documents of ``unit``; bad lines become rejects."""
@@ -179,13 +198,20 @@ class UnitTokenizer:
         """
         if not texts:
             return {}
-        encoded = self._tokenizer(
-            [text for _, text in texts],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            split_special_tokens=special_as_text,
-        )["input_ids"]
+        if self._backend is not None:
+            self._backend.encode_special_tokens = special_as_text
+            encodings = self._backend.encode_batch_fast(
+                [text for _, text in texts], add_special_tokens=False
+            )
+            encoded = [encoding.ids for encoding in encodings]
+        else:
+            encoded = self._tokenizer(
+                [text for _, text in texts],
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                split_special_tokens=special_as_text,
+            )["input_ids"]
         return {number: ids for (number, _), ids in zip(texts, encoded, strict=True)}
 
     def _finish(self, tokens: list[int], text: str, counts: Counter[str]) -> tuple[list[int], int]:

@@ -1,5 +1,6 @@
 """The commands as a user runs them: exit codes and sentences."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -86,6 +87,17 @@ def test_wrong_usage_is_2(capsys):
         main(["build", "--input", "x"])
     assert ended.value.code == 2
     assert "--tokenizer" in capsys.readouterr().err
+
+
+def test_full_disk_is_one_sentence(arguments, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("forgetscale.data.writer._HashingFile.write", fail)
+    assert main(arguments) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"error: build stopped at {tmp_path / 'set'}: No space left on dev")
+    assert not [path for path in tmp_path.iterdir() if "set" in path.name]
 
 
 def test_as_a_process(arguments, tmp_path):
