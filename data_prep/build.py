@@ -89,20 +89,7 @@ def build(options: BuildOptions) -> dict[str, Any]:
         options.inputs, language=options.language, split=options.split, release=options.release
     )
     tokenizer_sha256 = tokenizer_hash(options.tokenizer)
-    tokenizer = load_tokenizer(options.tokenizer)
-    if options.chat and not tokenizer.chat_template:
-        raise ConfigError(
-            f"--chat needs a chat template, the tokenizer in {options.tokenizer} has none; use the"
-            " tokenizer of an instruct model."
-        )
-    work = TokenizeOptions(
-        tokenizer=options.tokenizer,
-        chat=options.chat,
-        end_token=end_token_id(tokenizer, options.document_end, options.tokenizer),
-        undo_escapes=options.escapes == "undo",
-        max_document_tokens=options.max_document_tokens,
-    )
-    vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    work, vocab_size = _check_tokenizer(options)
     with ArtifactWriter(options.output, KIND, recipe=_recipe(options)) as artifact:
         with Ledger(paths, artifact.path / REJECTS_NAME, options.block_size) as ledger:
             selected, sampling = _sample(paths, options, ledger)
@@ -140,6 +127,24 @@ def build(options: BuildOptions) -> dict[str, Any]:
             source["path"]: source["sha256"] for source in ledger.sources
         }
     return artifact.payload
+
+
+def _check_tokenizer(options: BuildOptions) -> tuple[TokenizeOptions, int]:
+    """Return what workers must know and the vocabulary size; refuse what cannot work."""
+    tokenizer = load_tokenizer(options.tokenizer)
+    if options.chat and not tokenizer.chat_template:
+        raise ConfigError(
+            f"--chat needs a chat template, the tokenizer in {options.tokenizer} has none; use the"
+            " tokenizer of an instruct model."
+        )
+    work = TokenizeOptions(
+        tokenizer=options.tokenizer,
+        chat=options.chat,
+        end_token=end_token_id(tokenizer, options.document_end, options.tokenizer),
+        undo_escapes=options.escapes == "undo",
+        max_document_tokens=options.max_document_tokens,
+    )
+    return work, max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
 def _recipe(options: BuildOptions) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,12 @@ def _add_build(commands: Any) -> None:
         help="take a seeded sample of N documents, in input order (default and 0: all); reads the"
         " input twice",
     )
+    _add_build_details(add)
+    build.set_defaults(run=_run_build)
+
+
+def _add_build_details(add: Callable[..., Any]) -> None:
+    """Add the options of ``build`` that have a default."""
     add("--seed", type=int, default=0, metavar="N", help="seed of that sample (default 0)")
     add(
         "--chat",
@@ -135,7 +141,6 @@ def _add_build(commands: Any) -> None:
         " is the same for any N",
     )
     add("--log", type=Path, metavar="FILE", help="append progress lines to FILE")
-    build.set_defaults(run=_run_build)
 
 
 def _parser() -> argparse.ArgumentParser:
