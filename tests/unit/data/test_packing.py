@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forgetscale.data import ConcatPacker
@@ -32,6 +32,7 @@ def pack(documents, block_size, rows_per_batch, split_at):
     return rows, pieces, packer.dropped_tail_tokens
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 23), min_size=1, max_size=30),
     block_size=st.integers(1, 9),

@@ -5,12 +5,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forgetscale.data.order import Permutation, RowOrder
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 3000), key=st.text(max_size=8))
 def test_every_element_once(size, key):
     assert sorted(Permutation(size, key)(np.arange(size))) == list(range(size))

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.records import BadRecordError, parse_record, undo_escapes
@@ -28,6 +28,7 @@ def test_escape_table(stored, text, counts):
     assert undo_escapes(stored) == (text, counts)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=st.sampled_from("a\\n\n\t\rtré"), max_size=30))
 def test_undoing_reverses_escaping(text):
     stored = text.replace("\\", r"\\").replace("\n", r"\n").replace("\t", r"\t")
