@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from forgetscale.masks import FreezePlan
+from forgetscale.ops.losses import cross_entropy
 
 
 @dataclass(slots=True)
@@ -64,10 +65,19 @@ class Batch:
 
 
 class Calibration(Protocol):
-    """Passes over source data before training; leaves the weights bit-equal."""
+    """The source model and source data before training; leaves the weights bit-equal.
 
-    model: nn.Module
-    """For forward hooks only: outside forward its parameters are empty."""
+    The partitioned model is built when first needed: methods that look at ``structure`` alone
+    cost nothing.
+    """
+
+    structure: nn.Module
+    """The model on the meta device: names, shapes, module types. No values, no process group."""
+    seed: int
+    """``run.seed``, for methods that draw at random."""
+
+    def named_modules(self) -> Mapping[str, nn.Module]:
+        """Return the live modules for forward hooks; their parameters are empty outside forward."""
 
     def batches(self) -> Iterator[Batch]:
         """Yield this rank's batches; all ranks get the same number of equal shape."""
@@ -78,14 +88,14 @@ class Calibration(Protocol):
     def shards(self) -> ShardSet:
         """Return this rank's weights."""
 
-    def parameter_name(self, module: str, parameter: str) -> str:
-        """Return the checkpoint name of ``parameter`` of the module called ``module``."""
+    def provenance(self) -> Mapping[str, Any]:
+        """Return hashes of model and calibration data, for the plan's header."""
 
 
 class Method(Protocol):
     """A protection. What it needs of the run it gets through these calls alone."""
 
-    def prepare(self, calibration: Calibration | None) -> FreezePlan | None:
+    def prepare(self, calibration: Calibration) -> FreezePlan | None:
         """Return the freeze plan, or None if nothing is protected."""
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -102,3 +112,45 @@ class Method(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
+
+
+EDITS_GRADIENTS = "transform_gradients"
+EDITS_PARAMS = "after_step"
+
+
+def overrides(method: Method, hook: str) -> bool:
+    """Return whether a method does something in a hook; the engine skips work for those that do not.
+
+    Args:
+        method: The method.
+        hook: ``EDITS_GRADIENTS`` or ``EDITS_PARAMS``.
+    """
+    return getattr(type(method), hook) is not getattr(Unprotected, hook)
+
+
+class Unprotected:
+    """A method that protects nothing; others inherit the hooks they do not need."""
+
+    def prepare(self, calibration: Calibration) -> FreezePlan | None:
+        """Freeze nothing."""
+        return None
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return plain cross-entropy, summed."""
+        return cross_entropy(logits, labels)
+
+    def transform_gradients(self, shards: ShardSet, step: int) -> None:
+        """Leave the gradients alone."""
+
+    def after_step(self, shards: ShardSet, step: int) -> Mapping[str, float]:
+        """Leave the weights alone."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return no state."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Expect no state."""
+        if state:
+            raise ValueError(f"method {type(self).__name__} has no state, got {sorted(state)}")

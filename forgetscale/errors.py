@@ -33,3 +33,13 @@ class CheckpointError(ForgetScaleError):
 
 class AuditError(ForgetScaleError):
     """An element that a freeze plan protects has changed."""
+
+
+class NonFiniteError(ForgetScaleError):
+    """A loss or gradient is NaN or infinite; the weights were not touched."""
+
+
+class StoppedEarly(ForgetScaleError):
+    """The run was asked to stop, wrote a checkpoint, and can be started again."""
+
+    exit_code = 75

@@ -72,14 +72,18 @@ def read_deepspeed(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"deepspeed: {path} cannot be read ({error.strerror}); check the path.") from error
+        raise ConfigError(
+            f"deepspeed: {path} cannot be read ({error.strerror}); check the path."
+        ) from error
     except ValueError as error:
         raise ConfigError(f"deepspeed: {path} is not valid JSON ({error}).") from error
     if not isinstance(found, dict):
         raise ConfigError(f"deepspeed: {path} must hold a JSON object.")
     for name, owner in _OWNED.items():
         if name in found:
-            raise ConfigError(f"deepspeed: {path}: {name} belongs in the recipe ({owner}); remove it.")
+            raise ConfigError(
+                f"deepspeed: {path}: {name} belongs in the recipe ({owner}); remove it."
+            )
     _refuse_unknown(found, _ALLOWED, "", path)
     zero = found.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") != 3:

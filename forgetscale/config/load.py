@@ -39,17 +39,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"recipe {path} cannot be read ({error.strerror}); check the path.") from error
+        raise ConfigError(
+            f"recipe {path} cannot be read ({error.strerror}); check the path."
+        ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"recipe {path} is not UTF-8 text ({error.reason}); check the file.") from error
+        raise ConfigError(
+            f"recipe {path} is not UTF-8 text ({error.reason}); check the file."
+        ) from error
     try:
         value = yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise ConfigError(
+            f"recipe {path} is not valid YAML: {' '.join(str(error).split())}."
+        ) from error
     except ConfigError as error:
         raise ConfigError(f"recipe {path}: {error}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"recipe {path} holds {type(value).__name__}, expected sections (a mapping).")
+        raise ConfigError(
+            f"recipe {path} holds {type(value).__name__}, expected sections (a mapping)."
+        )
     return value
 
 
@@ -120,9 +128,7 @@ def _known_kinds() -> set[str]:
 def _sentence(error: Mapping[str, Any]) -> str:
     location = tuple(error["loc"])
     kinds = _known_kinds()
-    shown = ".".join(
-        str(part) for i, part in enumerate(location) if not (part in kinds and i == 1)
-    )
+    shown = ".".join(str(part) for i, part in enumerate(location) if not (part in kinds and i == 1))
     kind, value = error["type"], error.get("input")
     if kind == "unexpected_keyword_argument":
         names = _dataclass_at(location)

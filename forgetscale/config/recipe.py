@@ -159,9 +159,7 @@ class HftMethodConfig:
     """A finished plan folder; None draws the plan from ``run.seed``."""
 
 
-MethodConfig = Annotated[
-    SftMethodConfig | SsuMethodConfig | HftMethodConfig, Discriminator("kind")
-]
+MethodConfig = Annotated[SftMethodConfig | SsuMethodConfig | HftMethodConfig, Discriminator("kind")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -272,7 +270,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         """Check ranges and clashes."""
         _require(
-            not self.tasks or self.task_dir is not None, "tasks need task_dir, the folder they are in"
+            not self.tasks or self.task_dir is not None,
+            "tasks need task_dir, the folder they are in",
         )
         for name in ("every_steps", "batch_size", "max_new_tokens"):
             value = getattr(self, name)

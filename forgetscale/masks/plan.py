@@ -151,5 +151,7 @@ def load_plan(path: Path) -> FreezePlan:
             {"columns": columns, "rows": rows}[axis][name] = file.get_tensor(key).to(torch.int64)
     plan = FreezePlan(columns, rows, frozenset(header["whole"]), header["provenance"])
     if plan.content_hash() != manifest["payload"]["content_hash"]:
-        raise DataError(f"{directory}: the plan's content differs from its manifest; make it again.")
+        raise DataError(
+            f"{directory}: the plan's content differs from its manifest; make it again."
+        )
     return plan

@@ -50,7 +50,9 @@ def combine_scores(
             )
         score = score * input_norm.double()
     if not bool(torch.isfinite(score).all()):
-        raise ValueError(f"scores of rule {rule!r} are not finite; check weights and calibration data")
+        raise ValueError(
+            f"scores of rule {rule!r} are not finite; check weights and calibration data"
+        )
     return score.float()
 
 

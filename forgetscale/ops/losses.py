@@ -80,7 +80,9 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grads
-        found = [None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors]
+        found = [
+            None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors
+        ]
         return (*found, None, None, None, None)
 
 

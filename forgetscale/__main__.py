@@ -1,0 +1,7 @@
+"""``python -m forgetscale`` is the ``forgetscale`` command."""
+
+import sys
+
+from forgetscale.cli import main
+
+sys.exit(main())

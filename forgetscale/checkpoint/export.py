@@ -1,0 +1,148 @@
+"""Write a partitioned model as an ordinary Hugging Face folder, a bounded part at a time."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from forgetscale.artifact import publish, read_manifest
+from forgetscale.errors import CheckpointError, DataError, ForgetScaleError
+from forgetscale.models.weights import INDEX_FILE, SINGLE_FILE
+from forgetscale.zero3 import Slice, World, ZeroEngine
+
+KIND = "model_export"
+MAX_FILE_BYTES = 2_000_000_000
+_SKIPPED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+_SKIPPED_NAMES = {INDEX_FILE, "manifest.json", "pytorch_model.bin.index.json"}
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def plan_files(slices: list[Slice], max_bytes: int) -> list[list[Slice]]:
+    """Cut the parameters into files of at most ``max_bytes`` (a larger tensor stands alone)."""
+    files: list[list[Slice]] = [[]]
+    used = 0
+    for item in slices:
+        size = int(item.param.ds_numel) * item.working.element_size()
+        if files[-1] and used + size > max_bytes:
+            files.append([])
+            used = 0
+        files[-1].append(item)
+        used += size
+    return files
+
+
+def copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copy configuration and tokenizer; write the run's type into ``config.json``."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name not in _SKIPPED_NAMES:
+            if path.suffix not in _SKIPPED_SUFFIXES:
+                shutil.copyfile(path, target / path.name)
+    config = json.loads((target / "config.json").read_bytes())
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    config[key] = _DTYPE_NAMES[dtype]
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def export_model(
+    engine: ZeroEngine,
+    *,
+    source: Path,
+    directory: Path,
+    world: World,
+    dtype: torch.dtype,
+    recipe: Mapping[str, Any],
+    payload: Mapping[str, Any],
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write ``directory`` as a folder that plain ``transformers`` loads.
+
+    Parameters are gathered one by one onto the rank that writes their file; no rank ever holds
+    more than ``max_file_bytes`` of them. An older export there is replaced when the new one is
+    complete.
+
+    Args:
+        engine: The model.
+        source: Source model folder: configuration and tokenizer are taken from it.
+        directory: Target folder.
+        world: This process among all.
+        dtype: Working type of the run.
+        recipe: Resolved recipe to record.
+        payload: Recorded in the manifest.
+        max_file_bytes: Largest weight file.
+
+    Collective: every rank must call it.
+
+    Raises:
+        CheckpointError: A write failed on some rank; nothing half-written stays.
+    """
+    name = f".{directory.name}.tmp-{secrets.token_hex(4)}" if world.is_main else ""
+    temporary = directory.with_name(world.broadcast(name))
+    if directory.exists():
+        read_manifest(directory, KIND)
+    try:
+        _step(world, directory, lambda: temporary.mkdir(parents=True) if world.is_main else None)
+        _write_weights(engine, temporary, directory, world, max_file_bytes)
+
+        def finish() -> None:
+            if world.is_main:
+                copy_side_files(source, temporary, dtype)
+                publish(temporary, directory, kind=KIND, payload=payload, inputs={}, recipe=recipe)
+
+        _step(world, directory, finish)
+    except ForgetScaleError:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _step(world: World, directory: Path, work: Any) -> None:
+    error: ForgetScaleError | None = None
+    try:
+        work()
+    except DataError as found:
+        error = found
+    except (OSError, safetensors.SafetensorError) as found:
+        error = CheckpointError(
+            f"rank {world.rank} cannot write the export {directory}: {found}; free space or mend"
+            " the file system, then run forgetscale export."
+        )
+    world.agree(error)
+
+
+def _write_weights(
+    engine: ZeroEngine, temporary: Path, directory: Path, world: World, max_bytes: int
+) -> None:
+    files = plan_files(engine.shards.slices, max_bytes)
+    index: dict[str, str] = {}
+    total = 0
+    for number, items in enumerate(files):
+        name = (
+            SINGLE_FILE
+            if len(files) == 1
+            else f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        )
+        writer = number % world.size
+        tensors: dict[str, Tensor] = {}
+        for item in items:
+            whole = engine.gather_working(item, writer)
+            index[item.name] = name
+            total += int(item.param.ds_numel) * item.working.element_size()
+            if whole is not None:
+                tensors[item.name] = whole.cpu().contiguous()
+
+        def write(tensors: dict[str, Tensor] = tensors, path: Path = temporary / name) -> None:
+            if tensors:
+                safetensors.torch.save_file(tensors, path, {"format": "pt"})
+
+        _step(world, directory, write)
+    if len(files) > 1 and world.is_main:
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        (temporary / INDEX_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -1,0 +1,277 @@
+"""Checkpoints around DeepSpeed's files: published whole, hashed, verified before use.
+
+Saving: agree on free space; every rank writes below a temporary name; every file is hashed and
+flushed by some rank; rank 0 writes the manifest and renames the folder; ``latest`` is a hint.
+Old checkpoints go only after the new one is in place. Loading: the newest folder whose manifest and
+hashes are right, the same on all ranks; a bad one is renamed to ``.bad`` and the one before is
+tried. DeepSpeed's files are pickles, so nothing is unpickled before its hash was checked.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forgetscale.artifact import (
+    fsync_path,
+    hash_file,
+    list_files,
+    publish,
+    read_manifest,
+    verify_artifact,
+    write_json,
+)
+from forgetscale.errors import CheckpointError, DataError, ForgetScaleError
+from forgetscale.zero3 import World, ZeroEngine
+
+KIND = "checkpoint"
+METHOD_FILE = "method.pt"
+_STEP_NAME = re.compile(r"step-(\d{8})")
+SPACE_FACTOR = 1.2
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """Where a run stands; together with DeepSpeed's files it is all that resume needs."""
+
+    step: int
+    """Optimizer steps done."""
+    cursor: int
+    """Rows of the stream consumed by all ranks."""
+    target_tokens: int
+    """Target tokens seen by all ranks."""
+    world_size: int
+    """Ranks that wrote the checkpoint."""
+    data_hash: str
+    """Content hash of the token set."""
+    plan_hash: str | None
+    """Content hash of the freeze plan."""
+    model_hash: str
+    """Content hash of the source model."""
+
+
+def _rng_state() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "torch": base64.b64encode(bytes(torch.get_rng_state().tolist())).decode(),
+        "cuda": [
+            base64.b64encode(bytes(state.tolist())).decode()
+            for state in (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+        ],
+    }
+
+
+def _set_rng_state(state: Mapping[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(torch.tensor(list(base64.b64decode(state["torch"])), dtype=torch.uint8))
+    if torch.cuda.is_available() and state["cuda"]:
+        states = [torch.tensor(list(base64.b64decode(s)), dtype=torch.uint8) for s in state["cuda"]]
+        torch.cuda.set_rng_state_all(states)
+
+
+class CheckpointStore:
+    """The ``checkpoints/`` folder of a run.
+
+    Args:
+        directory: ``RUN/checkpoints``.
+        world: This process among all.
+        keep: Newest verified checkpoints kept, >= 2.
+        recipe: Resolved recipe, recorded in each manifest.
+        log: Receives one line per event.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        world: World,
+        *,
+        keep: int,
+        recipe: Mapping[str, Any],
+        log: Callable[[str], None],
+    ) -> None:
+        self._directory = directory
+        self._world = world
+        self._keep = keep
+        self._recipe = recipe
+        self._log = log
+
+    def steps(self) -> list[int]:
+        """Return the steps of the folders that carry a checkpoint's name, ascending."""
+        if not self._directory.is_dir():
+            return []
+        found = [_STEP_NAME.fullmatch(path.name) for path in self._directory.iterdir()]
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        """Return the folder of a step."""
+        return self._directory / f"step-{step:08d}"
+
+    def _on_main(self, work: Callable[[], Any]) -> Any:
+        error: BaseException | None = None
+        result = None
+        if self._world.is_main:
+            try:
+                result = work()
+            except (OSError, ForgetScaleError) as found:
+                error = found
+        self._world.agree(self._wrapped(error))
+        return self._world.broadcast(result)
+
+    def _wrapped(self, error: BaseException | None) -> ForgetScaleError | None:
+        if error is None or isinstance(error, ForgetScaleError):
+            return error
+        return CheckpointError(
+            f"rank {self._world.rank} cannot write the checkpoint in {self._directory}: {error};"
+            " the checkpoint before it is intact; free space or mend the file system, then start"
+            " the same command again."
+        )
+
+    # ---- saving -------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Remove leftovers of saves that were cut short. Collective: every rank must call it."""
+
+        def remove() -> None:
+            for path in self._directory.glob(".step-*"):
+                self._log(f"checkpoint: removing unfinished {path.name}")
+                shutil.rmtree(path)
+
+        self._on_main(remove)
+
+    def save(self, state: RunState, engine: ZeroEngine, method_state: Mapping[str, Any]) -> Path:
+        """Write and publish a checkpoint.
+
+        Collective: every rank must call it.
+
+        Raises:
+            CheckpointError: Too little space, or a write failed; nothing half-written stays.
+        """
+        final = self.path(state.step)
+        temporary = Path(self._on_main(lambda: str(self._begin(final))))
+        error: BaseException | None = None
+        hashes: dict[str, str] = {}
+        try:
+            try:
+                self._write(temporary, engine, method_state)
+            except (OSError, RuntimeError) as found:
+                error = found
+            self._world.agree(self._wrapped(error))
+            try:
+                hashes = self._hash_share(temporary)
+            except OSError as found:
+                error = found
+            self._world.agree(self._wrapped(error))
+            parts = self._world.gather_objects(hashes)
+            known = {name: digest for part in parts for name, digest in part.items()}
+            self._on_main(lambda: self._commit(temporary, final, state, known))
+        except ForgetScaleError:
+            if self._world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return final
+
+    def _begin(self, final: Path) -> Path:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        needed = 0
+        if done := self.steps():
+            files = list_files(self.path(done[-1]))
+            needed = int(SPACE_FACTOR * sum(path.stat().st_size for path in files))
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise CheckpointError(
+                f"{self._directory} has {free / 1e9:.2f} GB free, a checkpoint needs"
+                f" {needed / 1e9:.2f} GB; free space and start the same command again."
+            )
+        temporary = final.with_name(f".{final.name}.tmp-{secrets.token_hex(4)}")
+        temporary.mkdir()
+        return temporary
+
+    def _write(self, folder: Path, engine: ZeroEngine, method_state: Mapping[str, Any]) -> None:
+        engine.save_files(folder)
+        (folder / "rng").mkdir(exist_ok=True)
+        rng = folder / "rng" / f"rank-{self._world.rank:05d}.json"
+        rng.write_text(json.dumps(_rng_state()), encoding="utf-8")
+        if self._world.is_main:
+            torch.save(dict(method_state), folder / METHOD_FILE)
+
+    def _hash_share(self, folder: Path) -> dict[str, str]:
+        files = list_files(folder)[self._world.rank :: self._world.size]
+        hashes = {}
+        for path in files:
+            fsync_path(path)
+            hashes[path.relative_to(folder).as_posix()] = hash_file(path)
+        return hashes
+
+    def _commit(
+        self, temporary: Path, final: Path, state: RunState, known: Mapping[str, str]
+    ) -> None:
+        publish(
+            temporary,
+            final,
+            kind=KIND,
+            payload=asdict(state),
+            inputs={"data": state.data_hash, "model": state.model_hash},
+            recipe=self._recipe,
+            known_hashes=known,
+        )
+        write_json(self._directory / "latest", {"step": state.step})
+        for step in self.steps()[: -self._keep]:
+            shutil.rmtree(self.path(step))
+
+    # ---- loading ------------------------------------------------------------------------
+
+    def find(self) -> RunState | None:
+        """Return the state of the newest checkpoint that verifies, or None if there is none.
+
+        A folder that fails is renamed to ``.bad`` and the one before it is tried. Ranks share
+        the hashing and agree on the outcome. Collective: every rank must call it.
+        """
+        for step in reversed(self._world.broadcast(self.steps())):
+            path = self.path(step)
+            problem = None
+            manifest: dict[str, Any] = {}
+            try:
+                manifest = read_manifest(path, KIND)
+                share = sorted(manifest["files"])[self._world.rank :: self._world.size]
+                verify_artifact(path, KIND, only=None if self._world.size == 1 else share)
+            except (DataError, OSError) as error:
+                problem = str(error)
+            problems = [text for text in self._world.gather_objects(problem) if text]
+            if not problems:
+                return RunState(**manifest["payload"])
+            self._log(f"checkpoint: step {step} is damaged and set aside: {problems[0]}")
+            self._on_main(lambda path=path: str(path.rename(path.with_name(path.name + ".bad"))))
+        return None
+
+    def load(self, state: RunState, engine: ZeroEngine) -> dict[str, Any]:
+        """Load a verified checkpoint into the engine; return the method's state.
+
+        Collective: every rank must call it.
+
+        Raises:
+            CheckpointError: It was written by another number of ranks.
+        """
+        if state.world_size != self._world.size:
+            raise CheckpointError(
+                f"{self.path(state.step)} was written by {state.world_size} ranks, this run has"
+                f" {self._world.size}; start it with {state.world_size} ranks."
+            )
+        path = self.path(state.step)
+        engine.load_files(path)
+        rng = path / "rng" / f"rank-{self._world.rank:05d}.json"
+        _set_rng_state(json.loads(rng.read_text(encoding="utf-8")))
+        found = torch.load(path / METHOD_FILE, weights_only=True)
+        assert isinstance(found, dict)
+        return found

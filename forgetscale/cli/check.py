@@ -1,0 +1,4 @@
+"""placeholder"""
+EXAMPLES=""
+def add_arguments(p): pass
+def run(o): pass

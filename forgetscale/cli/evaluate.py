@@ -1,0 +1,42 @@
+"""Measure a model folder on tasks: perplexity, recall, compliance, refusal, code-mixing."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from forgetscale.cli.recipe_options import running_world
+from forgetscale.cli.train import full_evaluation
+from forgetscale.config import EvaluateConfig
+from forgetscale.evaluation import available_tasks
+
+EXAMPLES = """examples:
+  forgetscale evaluate --model runs/a/export --task-dir tasks --output results/a
+  deepspeed --num_gpus 8 --module forgetscale evaluate --model runs/a/export --task-dir tasks \\
+      --tasks recall perplexity/target --output results/a
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder")
+    parser.add_argument("--task-dir", type=Path, required=True, metavar="DIR", help="task folder")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks (default: all there)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="result folder")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences at once")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer")
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of the intervals")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command. Collective: every rank must call it."""
+    tasks = tuple(options.tasks or available_tasks(options.task_dir))
+    config = EvaluateConfig(
+        tasks=tasks,
+        task_dir=options.task_dir,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+    )
+    output: Path = options.output
+    with running_world(output.with_name(f"{output.name}.log")) as (_, log):
+        full_evaluation(config, options.model, output, options.seed, log)

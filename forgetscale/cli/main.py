@@ -1,0 +1,82 @@
+"""Parse the command, run it, turn errors into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from forgetscale import __version__
+from forgetscale.errors import ConfigError, ForgetScaleError
+
+COMMANDS = {
+    "quickstart": "learn a language and measure what was forgotten, on this machine, in minutes",
+    "check": "resolve a recipe, print it, estimate memory, run one mock step, stop",
+    "calibrate": "source data -> importance scores -> freeze plan",
+    "train": "run a recipe; starts again where it stopped",
+    "evaluate": "measure a model folder on tasks",
+    "export": "checkpoint -> Hugging Face folder",
+    "report": "one or more runs -> report.html and report.json",
+}
+
+EPILOG = """examples:
+  forgetscale quickstart
+  forgetscale check --config run.yaml
+  deepspeed --num_gpus 8 --module forgetscale train --config run.yaml
+  forgetscale report --runs runs/a runs/b --output runs/report
+
+exit codes: 0 done; 2 recipe or input wrong; 75 stopped early and safe to start again; 1 anything else
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="forgetscale",
+        description="Adapt large language models on DeepSpeed ZeRO-3 without losing what they know.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"forgetscale {__version__}")
+    # The DeepSpeed launcher puts this in front of the command.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"forgetscale.cli.{name}")
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            epilog=module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _report_error(error: ForgetScaleError) -> None:
+    # A wrong recipe is wrong on every rank alike: one of them says so. Other errors may be known
+    # to a single rank.
+    rank = int(os.environ.get("RANK", "0"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if isinstance(error, ConfigError) and rank != 0:
+        return
+    where = f" (rank {rank})" if size > 1 and not isinstance(error, ConfigError) else ""
+    print(f"forgetscale: error{where}: {error}", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except ForgetScaleError as error:
+        _report_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("forgetscale: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,50 @@
+"""Options and start-up shared by commands that run a recipe on one or more processes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from forgetscale.config import Recipe, load_recipe
+from forgetscale.config.deepspeed import read_deepspeed
+from forgetscale.engine import RunLog
+from forgetscale.engine.metrics import LOG_FILE
+from forgetscale.zero3 import World, launcher_rank, start_world, stop_world
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--config`` and ``--set``."""
+    parser.add_argument("--config", type=Path, required=True, metavar="run.yaml", help="recipe")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="change one field, such as --set method.frozen_fraction=0.4 (repeatable)",
+    )
+
+
+def read_recipe(options: argparse.Namespace) -> Recipe:
+    """Load the recipe and check its DeepSpeed JSON, before any work."""
+    recipe = load_recipe(options.config, options.set)
+    read_deepspeed(recipe.deepspeed)
+    return recipe
+
+
+def log_path(directory: Path) -> Path:
+    """Return this rank's log file: ``log.txt`` for rank 0, ``logs/`` for the others."""
+    rank = launcher_rank()
+    return directory / LOG_FILE if rank == 0 else directory / "logs" / f"rank-{rank:05d}.txt"
+
+
+@contextmanager
+def running_world(directory: Path) -> Iterator[tuple[World, RunLog]]:
+    """Join the process group for the length of a command; logs go below ``directory``."""
+    path = log_path(directory)
+    world = start_world(path)
+    try:
+        yield world, RunLog(path, world.is_main)
+    finally:
+        stop_world()

@@ -1,0 +1,129 @@
+"""Train a recipe: plan, training, export, evaluation. The same command resumes a stopped run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from forgetscale.cli.recipe_options import add_recipe_options, read_recipe, running_world
+from forgetscale.config import EvaluateConfig, Recipe
+from forgetscale.engine import RunLog, open_run_folder, train
+from forgetscale.errors import ForgetScaleError
+from forgetscale.evaluation import LiveEvaluator, ProcessGroupCollective, evaluate_model
+from forgetscale.evaluation.reuse import is_live_task, results_match
+from forgetscale.methods import METHODS
+from forgetscale.zero3 import World, ZeroEngine
+
+EXAMPLES = """examples:
+  forgetscale train --config run.yaml                          one process
+  deepspeed --num_gpus 8 --module forgetscale train --config run.yaml
+  forgetscale train --config run.yaml --set optim.lr=1e-4 --set run.output_dir=runs/b
+
+Send SIGUSR1 to stop at the next step with a checkpoint (exit code 75); run again to go on.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    add_recipe_options(parser)
+
+
+class _LiveModel:
+    """``LikelihoodModel`` over the training engine."""
+
+    def __init__(self, engine: ZeroEngine) -> None:
+        self._engine = engine
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Score right-padded rows; causal attention keeps padding out of earlier positions."""
+        device = self._engine.world.device
+        nll, best = self._engine(
+            input_ids.to(device), labels=input_ids.to(device), mode="score"
+        )
+        return nll.cpu(), best.cpu()
+
+
+def live_evaluation(recipe: Recipe) -> Callable[[ZeroEngine], list[dict[str, Any]]] | None:
+    """Return a function that measures the live model, or None if the recipe asks for nothing."""
+    config = recipe.evaluate
+    if config.every_steps is None or config.task_dir is None:
+        return None
+    tasks = config.live_tasks
+    if tasks is None:
+        tasks = tuple(name for name in config.tasks if is_live_task(name, config.task_dir))
+    if not tasks:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, local_files_only=True)
+    evaluator = LiveEvaluator(
+        tasks, config.task_dir, tokenizer, batch_size=config.batch_size, seed=recipe.run.seed
+    )
+    collective = ProcessGroupCollective()
+
+    def measure(engine: ZeroEngine) -> list[dict[str, Any]]:
+        return [item.to_json() for item in evaluator.evaluate(_LiveModel(engine), collective)]
+
+    return measure
+
+
+def full_evaluation(
+    config: EvaluateConfig, model: Path, output: Path, seed: int, log: RunLog
+) -> None:
+    """Measure all tasks on a model folder, unless ``output`` holds that measurement already.
+
+    Collective: every rank must call it.
+    """
+    assert config.task_dir is not None
+    collective = ProcessGroupCollective()
+    known = collective.rank == 0 and results_match(output, model, config.tasks, config.task_dir)
+    if collective.gather_objects(known)[0]:
+        log(f"evaluation in {output} is up to date")
+        return
+    evaluate_model(
+        model,
+        list(config.tasks),
+        config.task_dir,
+        output,
+        collective=collective,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        seed=seed,
+        replace=True,
+        log_path=log.path,
+    )
+    log(f"evaluated {model} -> {output}")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command. Collective: every rank must call it."""
+    recipe = read_recipe(options)
+    output = recipe.run.output_dir
+    method = METHODS[recipe.method.kind](recipe.method)
+    with running_world(output) as (world, log):
+        _open_folder(recipe, world)
+        log(f"run {recipe.run.name}: {recipe.method.kind} on {world.size} ranks -> {output}")
+        if recipe.evaluate.tasks:
+            source = output / "results" / "source"
+            full_evaluation(recipe.evaluate, recipe.model.path, source, recipe.run.seed, log)
+        train(recipe, method, world, log, live_evaluation(recipe))
+        if recipe.evaluate.tasks and recipe.train.export:
+            final = output / "results" / "final"
+            full_evaluation(recipe.evaluate, output / "export", final, recipe.run.seed, log)
+        log("done")
+
+
+def _open_folder(recipe: Recipe, world: World) -> None:
+    error: ForgetScaleError | None = None
+    if world.is_main:
+        try:
+            open_run_folder(recipe)
+        except ForgetScaleError as found:
+            error = found
+    # The same sentence on all ranks: rank 0 prints it, the others only need to stop.
+    error = world.broadcast(error)
+    if error is not None:
+        raise error

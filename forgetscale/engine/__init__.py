@@ -1,0 +1,13 @@
+"""The training loop and what surrounds it: run folder, calibration, audit, metrics."""
+
+from forgetscale.engine.folder import open_run_folder
+from forgetscale.engine.metrics import RunLog
+from forgetscale.engine.run import (
+    export_checkpoint,
+    make_plan,
+    open_source,
+    train,
+    write_plan,
+)
+
+__all__ = ["RunLog", "export_checkpoint", "make_plan", "open_run_folder", "open_source", "train", "write_plan"]

@@ -1,0 +1,107 @@
+"""The source model and source data as methods see them before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from forgetscale.api import Batch
+from forgetscale.config import CalibrationConfig
+from forgetscale.data import TokenSet, calibration_rows
+from forgetscale.errors import ConfigError
+from forgetscale.models import CausalLMWithLoss
+from forgetscale.progress import Progress
+from forgetscale.zero3 import World, ZeroEngine, ZeroShards
+
+
+@dataclass(slots=True)
+class SourceCalibration:
+    """``Calibration`` over a ZeRO-3 model that is built when first needed.
+
+    Args:
+        structure: Skeleton of the model.
+        seed: ``run.seed``.
+        build: Builds the engine without optimizer. Collective.
+        config: Calibration section of the recipe, or None.
+        token_set: Its data, or None.
+        world: This process among all.
+        model_hash: Content hash of the source model.
+        progress: Makes the progress display from the number of passes.
+    """
+
+    structure: nn.Module
+    seed: int
+    build: Callable[[], ZeroEngine]
+    config: CalibrationConfig | None
+    token_set: TokenSet | None
+    world: World
+    model_hash: str
+    progress: Callable[[int], Progress]
+    _engine: ZeroEngine | None = field(default=None, init=False)
+
+    def _live(self) -> ZeroEngine:
+        if self._engine is None:
+            self._engine = self.build()
+            self._engine.set_training(False)
+        return self._engine
+
+    def named_modules(self) -> Mapping[str, nn.Module]:
+        """Return the live modules by the names they have in the Hugging Face model."""
+        module = self._live().module
+        assert isinstance(module, CausalLMWithLoss)
+        return dict(module.model.named_modules())
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield batches of ``micro_batch_size`` rows, cut the same way for any rank count.
+
+        Group ``g`` always holds the same rows; ranks take groups in turn. A rank without a group
+        in the last turn repeats one with weight 0, so that all make the same number of passes.
+        """
+        if self.config is None or self.token_set is None:
+            raise ConfigError(
+                "this score needs source data; set method.calibration.path to a token set."
+            )
+        size = self.config.micro_batch_size
+        rows = calibration_rows(self.token_set.num_rows, self.config.num_blocks)
+        groups = [rows[first : first + size] for first in range(0, len(rows), size)]
+        turns = -(-len(groups) // self.world.size)
+        with self.progress(turns) as progress:
+            for turn in range(turns):
+                index = turn * self.world.size + self.world.rank
+                real = index < len(groups)
+                group = groups[index if real else 0]
+                ids = self.token_set.read(group + group[-1:] * (size - len(group)))
+                weight = torch.zeros(size)
+                weight[: len(group)] = float(real)
+                yield Batch(ids.to(self.world.device), weight.to(self.world.device))
+                progress.update(turn + 1)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> None:
+        """Run the decoder body. Collective: every rank must call it."""
+        self._live()(batch.input_ids, mode="body")
+
+    def shards(self) -> ZeroShards:
+        """Return this rank's slices of the source weights."""
+        return self._live().shards
+
+    def provenance(self) -> Mapping[str, Any]:
+        """Return hashes of model and calibration data."""
+        found: dict[str, Any] = {"model_hash": self.model_hash}
+        if self.config is not None and self.token_set is not None:
+            found["calibration"] = {
+                "content_hash": self.token_set.content_hash,
+                "num_blocks": self.config.num_blocks,
+                "micro_batch_size": self.config.micro_batch_size,
+            }
+        return found
+
+    def close(self) -> None:
+        """Free the source model, if it was built."""
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = None

@@ -1,0 +1,239 @@
+"""The training loop. It never asks which method runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from forgetscale.api import EDITS_GRADIENTS, EDITS_PARAMS, Method, overrides
+from forgetscale.checkpoint import CheckpointStore, RunState
+from forgetscale.config import Recipe
+from forgetscale.data import TokenStream
+from forgetscale.engine.audit import FreezeAudit
+from forgetscale.engine.metrics import MetricsLog, memory_bytes
+from forgetscale.engine.stop import StopRequest
+from forgetscale.errors import NonFiniteError, StoppedEarly
+from forgetscale.ops import IGNORE_INDEX
+from forgetscale.ops.schedule import learning_rate
+from forgetscale.progress import Progress
+from forgetscale.zero3 import World, ZeroEngine
+
+Evaluate = Callable[[ZeroEngine], list[dict[str, Any]]]
+"""Measures the live model. Collective: every rank must call it."""
+
+
+@dataclass(slots=True)
+class Training:
+    """Everything a run needs, put together by ``forgetscale.engine.run``."""
+
+    recipe: Recipe
+    world: World
+    engine: ZeroEngine
+    method: Method
+    stream: TokenStream
+    store: CheckpointStore
+    metrics: MetricsLog
+    audit: FreezeAudit
+    progress: Progress
+    stop: StopRequest
+    num_steps: int
+    num_micro_batches: int
+    evaluate: Evaluate | None
+    state: RunState
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step tells."""
+
+    loss: float
+    """Mean over the step's target tokens of all ranks, in nats."""
+    grad_norm: float
+    num_target_tokens: int
+    stop: bool
+    """True if any rank was asked to stop."""
+    method_metrics: Mapping[str, float]
+
+
+def micro_batches(
+    rows: Int64[Tensor, "rows T"], size: int, count: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut a rank's rows into ``count`` micro-batches of ``size`` rows, the same on every rank.
+
+    Missing rows are filled with token 0 and carry no target, so that all ranks make the same
+    number of passes of the same shape whatever the division leaves.
+
+    Args:
+        rows: Token ids of this rank's share of the step.
+        size: Rows per micro-batch.
+        count: Micro-batches; ``count * size`` is at least the number of rows.
+
+    Yields:
+        ``(input_ids [size, T], labels [size, T])``.
+    """
+    assert rows.shape[0] <= size * count, (rows.shape, size, count)
+    for start in range(0, size * count, size):
+        part = rows[start : start + size]
+        ids = rows.new_zeros(size, rows.shape[1])
+        labels = rows.new_full((size, rows.shape[1]), IGNORE_INDEX)
+        ids[: part.shape[0]] = part
+        labels[: part.shape[0]] = part
+        yield ids, labels
+
+
+def train_step(job: Training, rows: Tensor, step: int) -> StepResult:
+    """Do one optimizer step. Collective: every rank must call it.
+
+    Args:
+        job: The run.
+        rows: This rank's rows of the global batch.
+        step: Step number, 1 for the first.
+
+    Raises:
+        NonFiniteError: A loss or gradient is not finite; no weight was changed.
+    """
+    recipe, engine, world = job.recipe, job.engine, job.world
+    optim = recipe.optim
+    batches = list(micro_batches(rows, recipe.train.micro_batch_size, job.num_micro_batches))
+    targets = torch.tensor([sum(int((y[:, 1:] != IGNORE_INDEX).sum()) for _, y in batches)])
+    num_targets = int(world.sum(targets))
+
+    # The loss of a micro-batch is a sum; dividing by the step's global count here makes the mean
+    # over ranks and micro-batches exact however unevenly targets are spread.
+    loss_sum = torch.zeros((), dtype=torch.float32, device=world.device)
+    for number, (ids, labels) in enumerate(batches):
+        loss = engine(ids.to(world.device), labels.to(world.device), job.method.loss)
+        loss_sum += loss.detach()
+        engine.backward(loss * (world.size / num_targets), last=number == len(batches) - 1)
+
+    shards = engine.shards
+    if overrides(job.method, EDITS_GRADIENTS):
+        job.method.transform_gradients(shards, step)
+        shards.write_gradients()
+    mean_loss, stop = _agree_finite(job, loss_sum, num_targets, step)
+    lr = learning_rate(
+        step,
+        num_steps=job.num_steps,
+        peak=optim.lr,
+        schedule=optim.schedule,
+        warmup_fraction=optim.warmup_fraction,
+    )
+    shards.freeze(decay=lr * optim.weight_decay)
+    grad_norm = engine.step(lr)
+    method_metrics: Mapping[str, float] = {}
+    if overrides(job.method, EDITS_PARAMS):
+        method_metrics = job.method.after_step(shards, step)
+        shards.write_params()
+    return StepResult(mean_loss, grad_norm, num_targets, stop, method_metrics)
+
+
+def _agree_finite(
+    job: Training, loss_sum: Tensor, num_targets: int, step: int
+) -> tuple[float, bool]:
+    """Return the mean loss and whether to stop, or raise on all ranks if a number is not finite."""
+    bad = None if bool(torch.isfinite(loss_sum)) else "the loss"
+    if bad is None and (name := job.engine.shards.non_finite()) is not None:
+        bad = f"the gradient of {name}"
+    mine = torch.stack(
+        [loss_sum.double().cpu(), torch.tensor(float(bad is not None)).double()]
+        + [torch.tensor(float(job.stop.requested)).double()]
+    )
+    total_loss, num_bad, num_stop = job.world.sum(mine).tolist()
+    if num_bad:
+        found = job.world.gather_objects(bad)
+        rank = next(rank for rank, text in enumerate(found) if text is not None)
+        raise NonFiniteError(
+            f"step {step}: {found[rank]} is not finite on rank {rank}; no weight was changed; lower"
+            " optim.lr or inspect the step's rows with python -m data_prep inspect."
+        )
+    return total_loss / num_targets, bool(num_stop)
+
+
+def _evaluate(job: Training) -> None:
+    if job.evaluate is None:
+        return
+    job.engine.set_training(False)
+    results = job.evaluate(job.engine)
+    job.engine.set_training(True)
+    job.metrics.evaluation(job.state.step, job.state.target_tokens, results)
+
+
+def _save(job: Training) -> None:
+    job.store.save(job.state, job.engine, job.method.state_dict())
+
+
+def train_loop(job: Training) -> RunState:
+    """Train to the last step, from wherever ``job.state`` stands.
+
+    Collective: every rank must call it.
+
+    Raises:
+        NonFiniteError: A loss or gradient is not finite.
+        AuditError: A frozen element changed.
+        StoppedEarly: A rank was asked to stop; a checkpoint was written first.
+    """
+    train = job.recipe.train
+    every = job.recipe.evaluate.every_steps
+    job.engine.set_training(True)
+    if job.state.step == 0:
+        _evaluate(job)
+    with job.progress as progress:
+        while job.state.step < job.num_steps:
+            step = job.state.step + 1
+            start = time.perf_counter()
+            batch = next(job.stream)
+            result = train_step(job, batch.input_ids, step)
+            seconds = time.perf_counter() - start
+
+            job.state = replace(
+                job.state,
+                step=step,
+                cursor=batch.cursor,
+                target_tokens=job.state.target_tokens + result.num_target_tokens,
+            )
+            _log_step(job, result, seconds)
+            progress.update(step, f"loss {result.loss:.4f}")
+            last = step == job.num_steps
+            if last or step % train.audit_every_steps == 0 or result.stop:
+                job.audit.check(step)
+            if last or step % train.checkpoint_every_steps == 0 or result.stop:
+                _save(job)
+            if last or (every is not None and step % every == 0):
+                _evaluate(job)
+            if result.stop and not last:
+                raise StoppedEarly(
+                    f"stopped on request after step {step} of {job.num_steps}; the checkpoint is"
+                    " written, start the same command again to go on."
+                )
+    return job.state
+
+
+def _log_step(job: Training, result: StepResult, seconds: float) -> None:
+    optim = job.recipe.optim
+    lr = learning_rate(
+        job.state.step,
+        num_steps=job.num_steps,
+        peak=optim.lr,
+        schedule=optim.schedule,
+        warmup_fraction=optim.warmup_fraction,
+    )
+    job.metrics.step(
+        {
+            "step": job.state.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "target_tokens": job.state.target_tokens,
+            "step_seconds": seconds,
+            "tokens_per_second": result.num_target_tokens / seconds,
+            "memory_bytes": memory_bytes(),
+            "skipped_steps": job.engine.skipped_steps,
+            **{f"method/{name}": value for name, value in result.method_metrics.items()},
+        }
+    )

@@ -1,0 +1,385 @@
+"""Put a run together: source model, freeze plan, engine, stream, checkpoint; then train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forgetscale.api import Method
+from forgetscale.artifact import canonical_json, hash_bytes, hash_file
+from forgetscale.checkpoint import CheckpointStore, RunState, export_model
+from forgetscale.config import Recipe, recipe_dict
+from forgetscale.config.deepspeed import accumulation_steps, engine_config
+from forgetscale.data import TokenSet, open_stream, require_same_tokenizer
+from forgetscale.engine.audit import FreezeAudit, audit_export
+from forgetscale.engine.calibration import SourceCalibration
+from forgetscale.engine.loop import Evaluate, Training, train_loop
+from forgetscale.engine.metrics import MetricsLog, RunLog
+from forgetscale.engine.stop import StopRequest
+from forgetscale.errors import CheckpointError, ConfigError
+from forgetscale.masks import FreezePlan, load_plan, save_plan
+from forgetscale.models import (
+    CausalLMWithLoss,
+    SafetensorsFolder,
+    buffer_values,
+    build_skeleton,
+    check_head,
+    construct,
+    parameter_shapes,
+    read_model_config,
+    restore_buffers,
+)
+from forgetscale.models.causal import HEAD_CHECK_POSITIONS
+from forgetscale.progress import Progress
+from forgetscale.zero3 import DTYPES, World, ZeroEngine, build_engine, construct_partitioned
+
+PLAN_FOLDER = "plan"
+EXPORT_FOLDER = "export"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceModel:
+    """The source model: on disk, as a skeleton, and by hash."""
+
+    folder: SafetensorsFolder
+    config: Any
+    skeleton: nn.Module
+    shapes: dict[str, tuple[int, ...]]
+    content_hash: str
+
+
+def open_source(recipe: Recipe, world: World) -> SourceModel:
+    """Read the source model's configuration, check its weights and hash them.
+
+    Ranks share the hashing file by file. Collective: every rank must call it.
+
+    Raises:
+        DataError: The folder is no model folder, or its weights do not fit its configuration.
+    """
+    path = recipe.model.path
+    config = read_model_config(path, recipe.model.attn_implementation)
+    folder = SafetensorsFolder(path)
+    skeleton = build_skeleton(config)
+    shapes = parameter_shapes(skeleton)
+    folder.check_shapes(shapes)
+    mine = {
+        name: folder.hash_weight_file(name) for name in folder.files()[world.rank :: world.size]
+    }
+    digests = {k: v for part in world.gather_objects(mine) for k, v in part.items()}
+    digests["config.json"] = hash_file(path / "config.json")
+    return SourceModel(folder, config, skeleton, shapes, hash_bytes(canonical_json(digests)))
+
+
+def start_engine(
+    recipe: Recipe,
+    world: World,
+    source: SourceModel,
+    *,
+    plan: FreezePlan | None,
+    training: bool,
+) -> ZeroEngine:
+    """Build the partitioned model, load this rank's slices, check the output head.
+
+    Collective: every rank must call it.
+    """
+    config = engine_config(recipe, world.size)
+    dtype = DTYPES[recipe.model.dtype]
+    model = construct_partitioned(lambda: construct(source.config), config, dtype)
+    if recipe.model.activation_checkpointing and training:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def read(name: str, start: int, length: int, kind: torch.dtype) -> Tensor:
+        return source.folder.read_flat(name, start, length, kind)
+
+    engine = build_engine(
+        CausalLMWithLoss(model, recipe.train.loss_chunk_size),
+        prefix=CausalLMWithLoss.PREFIX,
+        read=read,
+        world=world,
+        config=config,
+        plan=plan,
+        optim=recipe.optim if training else None,
+    )
+    restore_buffers(engine.module, buffer_values(source.skeleton), CausalLMWithLoss.PREFIX)
+    _check_output_head(engine, source.config.vocab_size)
+    return engine
+
+
+@torch.no_grad()
+def _check_output_head(engine: ZeroEngine, vocab_size: int) -> None:
+    ids = torch.arange(1, HEAD_CHECK_POSITIONS + 1, device=engine.world.device)[None] % vocab_size
+    engine.set_training(False)
+    scores = engine(ids, labels=ids, mode="score")
+    check_head(scores, engine(ids, mode="logits"), ids)
+
+
+def calibration_for(
+    recipe: Recipe, world: World, source: SourceModel, log: RunLog
+) -> SourceCalibration:
+    """Return the method's view of source model and source data; builds nothing yet."""
+    config = getattr(recipe.method, "calibration", None)
+    token_set = None
+    if config is not None:
+        token_set = TokenSet(config.path)
+        require_same_tokenizer(token_set, recipe.model.path)
+    return SourceCalibration(
+        structure=source.skeleton,
+        seed=recipe.run.seed,
+        build=lambda: start_engine(recipe, world, source, plan=None, training=False),
+        config=config,
+        token_set=token_set,
+        world=world,
+        model_hash=source.content_hash,
+        progress=lambda total: Progress(
+            total, "calibrate", unit="pass", log_path=log.path, visible=log.visible
+        ),
+    )
+
+
+def make_plan(
+    recipe: Recipe, world: World, source: SourceModel, method: Method, log: RunLog
+) -> FreezePlan | None:
+    """Let the method make its plan from the source model. Collective: every rank must call it."""
+    calibration = calibration_for(recipe, world, source, log)
+    try:
+        plan = method.prepare(calibration)
+    finally:
+        calibration.close()
+    if plan is not None:
+        plan.check_model(source.shapes)
+        hashes = set(world.gather_objects(plan.content_hash()))
+        assert len(hashes) == 1, "ranks made different plans"
+    return plan
+
+
+def write_plan(directory: Path, plan: FreezePlan, recipe: Recipe, world: World) -> None:
+    """Write the plan artefact on rank 0. Collective: every rank must call it."""
+    if world.is_main:
+        save_plan(directory, plan, recipe_dict(recipe))
+    world.barrier()
+
+
+def settle_plan(
+    recipe: Recipe, world: World, source: SourceModel, method: Method, log: RunLog
+) -> FreezePlan | None:
+    """Return the run's plan: made before, given by path, or made now and kept in the run folder.
+
+    Collective: every rank must call it.
+
+    Raises:
+        ConfigError: The plan was made for another model.
+    """
+    kept = recipe.run.output_dir / PLAN_FOLDER
+    given = getattr(recipe.method, "plan", None)
+    found = world.broadcast(kept.is_dir())
+    if not found and given is None:
+        plan = make_plan(recipe, world, source, method, log)
+        if plan is not None:
+            write_plan(kept, plan, recipe, world)
+        return plan
+    path = kept if found else Path(given)
+    plan = load_plan(path)
+    made_for = plan.provenance.get("model_hash")
+    if made_for != source.content_hash:
+        raise ConfigError(
+            f"freeze plan {path} was made for another model (hash {str(made_for)[:12]}, this model"
+            f" has {source.content_hash[:12]}); make the plan again with forgetscale calibrate."
+        )
+    plan.check_model(source.shapes)
+    if not found:
+        write_plan(kept, plan, recipe, world)
+    return plan
+
+
+def num_train_steps(recipe: Recipe, block_size: int) -> int:
+    """Return the number of optimizer steps; every row gives ``block_size - 1`` target tokens."""
+    if recipe.train.num_steps is not None:
+        return recipe.train.num_steps
+    assert recipe.train.num_target_tokens is not None
+    per_step = recipe.train.global_batch_size * (block_size - 1)
+    return -(-recipe.train.num_target_tokens // per_step)
+
+
+def _describe(plan: FreezePlan | None, source: SourceModel) -> str:
+    total = sum(torch.Size(shape).numel() for shape in source.shapes.values())
+    if plan is None:
+        return f"model: {total:,} parameters, all trained"
+    frozen = plan.num_frozen(source.shapes)
+    return f"model: {total:,} parameters, {frozen:,} frozen ({frozen / total:.1%})"
+
+
+def train(
+    recipe: Recipe,
+    method: Method,
+    world: World,
+    log: RunLog,
+    evaluate: Evaluate | None = None,
+) -> RunState:
+    """Run a recipe to its end, resuming from the newest good checkpoint if there is one.
+
+    Args:
+        recipe: Resolved recipe; its run folder exists (``open_run_folder``).
+        method: The protection.
+        world: This process among all.
+        log: Log of the run.
+        evaluate: Measures the live model, or None.
+
+    Collective: every rank must call it.
+    """
+    token_set = TokenSet(recipe.data.path)
+    require_same_tokenizer(token_set, recipe.model.path)
+    source = open_source(recipe, world)
+    plan = settle_plan(recipe, world, source, method, log)
+    log(_describe(plan, source))
+    engine = start_engine(recipe, world, source, plan=plan, training=True)
+    audit = FreezeAudit(engine.shards, world)
+    output = recipe.run.output_dir
+    store = open_store(recipe, world, log)
+    state = _resume(recipe, world, store, engine, method, plan, token_set, source, audit, log)
+    num_steps = num_train_steps(recipe, token_set.block_size)
+    stream = open_stream(
+        token_set,
+        seed=recipe.data.shuffle_seed,
+        global_batch_size=recipe.train.global_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        cursor=state.cursor,
+    )
+    stop = StopRequest()
+    metrics = MetricsLog(output, visible=world.is_main, step=state.step)
+    progress = Progress(
+        num_steps, "train", done=state.step, log_path=log.path, visible=world.is_main
+    )
+    job = Training(
+        recipe=recipe,
+        world=world,
+        engine=engine,
+        method=method,
+        stream=stream,
+        store=store,
+        metrics=metrics,
+        audit=audit,
+        progress=progress,
+        stop=stop,
+        num_steps=num_steps,
+        num_micro_batches=accumulation_steps(recipe, world.size),
+        evaluate=evaluate,
+        state=state,
+    )
+    try:
+        state = train_loop(job)
+    finally:
+        stop.close()
+        metrics.close()
+    if recipe.train.export:
+        export_run(recipe, world, source, plan, engine, state, output / EXPORT_FOLDER, log)
+    engine.destroy()
+    return state
+
+
+def _resume(
+    recipe: Recipe,
+    world: World,
+    store: CheckpointStore,
+    engine: ZeroEngine,
+    method: Method,
+    plan: FreezePlan | None,
+    token_set: TokenSet,
+    source: SourceModel,
+    audit: FreezeAudit,
+    log: Callable[[str], None],
+) -> RunState:
+    fresh = RunState(
+        step=0,
+        cursor=0,
+        target_tokens=0,
+        world_size=world.size,
+        data_hash=token_set.content_hash,
+        plan_hash=None if plan is None else plan.content_hash(),
+        model_hash=source.content_hash,
+    )
+    store.sweep()
+    found = store.find()
+    if found is None:
+        return fresh
+    for field, what in (
+        ("data_hash", "token set (data.path)"),
+        ("plan_hash", "freeze plan"),
+        ("model_hash", "source model (model.path)"),
+    ):
+        if getattr(found, field) != getattr(fresh, field):
+            raise ConfigError(
+                f"{store.path(found.step)} was made with another {what}; put the old one back or"
+                " start a new run.output_dir."
+            )
+    method.load_state_dict(store.load(found, engine))
+    audit.check(found.step)
+    log(f"resumed from {store.path(found.step)}")
+    return found
+
+
+def export_checkpoint(
+    recipe: Recipe, method: Method, world: World, log: RunLog, directory: Path
+) -> None:
+    """Load the newest good checkpoint of a run and export it.
+
+    Collective: every rank must call it.
+
+    Raises:
+        CheckpointError: The run has no good checkpoint.
+    """
+    output = recipe.run.output_dir
+    token_set = TokenSet(recipe.data.path)
+    source = open_source(recipe, world)
+    plan = settle_plan(recipe, world, source, method, log)
+    engine = start_engine(recipe, world, source, plan=plan, training=True)
+    audit = FreezeAudit(engine.shards, world)
+    store = open_store(recipe, world, log)
+    state = _resume(recipe, world, store, engine, method, plan, token_set, source, audit, log)
+    if state.step == 0:
+        raise CheckpointError(f"{output}/checkpoints holds no good checkpoint; train first.")
+    export_run(recipe, world, source, plan, engine, state, directory, log)
+    engine.destroy()
+
+
+def open_store(recipe: Recipe, world: World, log: RunLog) -> CheckpointStore:
+    """Return the checkpoint folder of a run."""
+    return CheckpointStore(
+        recipe.run.output_dir / "checkpoints",
+        world,
+        keep=recipe.train.keep_checkpoints,
+        recipe=recipe_dict(recipe),
+        log=log,
+    )
+
+
+def export_run(
+    recipe: Recipe,
+    world: World,
+    source: SourceModel,
+    plan: FreezePlan | None,
+    engine: ZeroEngine,
+    state: RunState,
+    directory: Path,
+    log: Callable[[str], None],
+) -> None:
+    """Export the model and audit the result. Collective: every rank must call it."""
+    dtype = DTYPES[recipe.model.dtype]
+    export_model(
+        engine,
+        source=recipe.model.path,
+        directory=directory,
+        world=world,
+        dtype=dtype,
+        recipe=recipe_dict(recipe),
+        payload={"step": state.step, "plan_hash": state.plan_hash, "model_hash": state.model_hash},
+    )
+    count = 0
+    if plan is not None:
+        count = audit_export(plan, source.folder, directory, world, dtype)
+    log(f"exported {directory}; freeze audit compared {count} tensors with the source")

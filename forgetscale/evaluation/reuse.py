@@ -1,0 +1,44 @@
+"""Which tasks run on a live model, and whether a measurement is already there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from forgetscale.artifact import read_manifest
+from forgetscale.data import TokenSet
+from forgetscale.errors import DataError
+from forgetscale.evaluation.model import hash_model
+from forgetscale.evaluation.results import RESULT_KIND
+from forgetscale.evaluation.tasks import is_perplexity, load_chat_task
+
+
+def is_live_task(name: str, task_dir: Path) -> bool:
+    """Return whether a task needs no generated text, so that the training loop can measure it."""
+    return is_perplexity(name) or load_chat_task(task_dir, name).kind == "exact"
+
+
+def results_match(output_dir: Path, model_dir: Path, tasks: Sequence[str], task_dir: Path) -> bool:
+    """Return whether ``output_dir`` holds the results of these tasks on this model.
+
+    Args:
+        output_dir: Result folder; it need not exist.
+        model_dir: Model folder.
+        tasks: Task names.
+        task_dir: Folder of tasks.
+    """
+    try:
+        inputs = dict(read_manifest(output_dir, RESULT_KIND)["inputs"])
+    except DataError:
+        return False
+    expected = {
+        name: TokenSet(task_dir / name).content_hash
+        if is_perplexity(name)
+        else load_chat_task(task_dir, name).task_hash
+        for name in tasks
+    }
+    if set(inputs) != {*expected, "model"}:
+        return False
+    return all(inputs[name] == digest for name, digest in expected.items()) and (
+        inputs["model"] == hash_model(model_dir)
+    )

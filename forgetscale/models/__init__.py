@@ -1,0 +1,24 @@
+"""Hugging Face models: construction without weights, slices of safetensors, loss module."""
+
+from forgetscale.models.causal import CausalLMWithLoss, check_head
+from forgetscale.models.skeleton import (
+    buffer_values,
+    build_skeleton,
+    construct,
+    parameter_shapes,
+    read_model_config,
+    restore_buffers,
+)
+from forgetscale.models.weights import SafetensorsFolder
+
+__all__ = [
+    "CausalLMWithLoss",
+    "SafetensorsFolder",
+    "buffer_values",
+    "build_skeleton",
+    "check_head",
+    "construct",
+    "parameter_shapes",
+    "read_model_config",
+    "restore_buffers",
+]

@@ -1,0 +1,136 @@
+"""The module that is trained: a causal language model with its loss, logits never whole.
+
+Shape letters: B sequences, T positions, N flattened positions, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from forgetscale.errors import ConfigError
+from forgetscale.ops.losses import LossFunction, chunked_loss, token_scores
+
+HEAD_CHECK_POSITIONS = 8
+HEAD_CHECK_TOLERANCE = 2e-2
+
+
+class LossHead(nn.Module):
+    """Output head and loss in one module, so that ZeRO-3 gathers the head's weight once.
+
+    Args:
+        linear: Output embeddings of the model; its parameters are shared, not copied.
+        chunk_size: Positions whose logits exist at one time.
+    """
+
+    def __init__(self, linear: nn.Linear, chunk_size: int) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "N D"],
+        labels: Int64[Tensor, " N"],
+        loss: LossFunction | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the summed loss, or per-position scores when ``loss`` is None."""
+        if loss is None:
+            return token_scores(
+                hidden, self.weight, labels, bias=self.bias, chunk_size=self.chunk_size
+            )
+        return chunked_loss(
+            hidden, self.weight, labels, loss, bias=self.bias, chunk_size=self.chunk_size
+        )
+
+
+class CausalLMWithLoss(nn.Module):
+    """Decoder, head and loss behind one ``forward``, the unit that DeepSpeed wraps.
+
+    Args:
+        model: Hugging Face causal language model; parameter names inside start with ``model.``.
+        chunk_size: Positions whose logits exist at one time.
+
+    Raises:
+        ConfigError: The model has no linear output head.
+    """
+
+    PREFIX = "model."
+
+    def __init__(self, model: nn.Module, chunk_size: int) -> None:
+        super().__init__()
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise ConfigError(
+                f"model: the output head is {type(head).__name__}, expected a linear layer;"
+                " this architecture is not supported."
+            )
+        self.model = model
+        self.head = LossHead(head, chunk_size)
+
+    def hidden_states(self, input_ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """Return the last hidden states (after the final norm)."""
+        decoder = self.model.base_model
+        return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def forward(
+        self,
+        input_ids: Int64[Tensor, "B T"],
+        labels: Int64[Tensor, "B T"] | None = None,
+        loss: LossFunction | None = None,
+        mode: Literal["loss", "score", "body", "logits"] = "loss",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run the model.
+
+        Args:
+            input_ids: Token ids.
+            labels: Ids aligned with ``input_ids``; position ``t`` is the target of ``t - 1``.
+                ``IGNORE_INDEX`` marks positions without loss.
+            loss: Loss function for ``mode="loss"``.
+            mode: ``loss`` returns the summed loss; ``score`` per-position negative
+                log-likelihoods and argmax hits ``[B, T-1]``; ``body`` the hidden states (for
+                hooks); ``logits`` the model's own logits (short inputs only).
+        """
+        if mode == "logits":
+            return self.model(input_ids=input_ids, use_cache=False).logits
+        hidden = self.hidden_states(input_ids)
+        if mode == "body":
+            return hidden
+        assert labels is not None
+        flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+        targets = labels[:, 1:].reshape(-1)
+        if mode == "score":
+            nll, best = self.head(flat, targets.clamp_min(0), None)
+            shape = (labels.shape[0], labels.shape[1] - 1)
+            return nll.view(shape), best.view(shape)
+        return self.head(flat, targets, loss)
+
+
+@torch.no_grad()
+def check_head(scores: tuple[Tensor, Tensor], logits: Tensor, input_ids: Tensor) -> None:
+    """Check that head(hidden) is what the model itself computes.
+
+    Some architectures scale or cap their logits after the head; training those through the plain
+    head would optimise another model without a word.
+
+    Args:
+        scores: ``score`` output for ``input_ids``.
+        logits: ``logits`` output for ``input_ids``.
+        input_ids: ``[B, T]`` with small ``T``.
+
+    Raises:
+        ConfigError: The two disagree.
+    """
+    log_probs = torch.log_softmax(logits[:, :-1].float(), -1)
+    expected = -log_probs.gather(2, input_ids[:, 1:, None])[..., 0]
+    error = float((scores[0] - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+    if not error <= HEAD_CHECK_TOLERANCE:
+        raise ConfigError(
+            "model: logits are not the output head applied to the last hidden state (relative"
+            f" difference {error:.3g}); this architecture changes logits after the head and is not"
+            " supported."
+        )

@@ -1,0 +1,30 @@
+"""The only package that imports DeepSpeed: start-up, engine, slices of partitioned parameters."""
+
+from forgetscale.zero3.engine import (
+    DTYPES,
+    ZeroEngine,
+    build_engine,
+    construct_partitioned,
+)
+from forgetscale.zero3.shards import Slice, ZeroShards
+from forgetscale.zero3.world import (
+    World,
+    launcher_rank,
+    launcher_world_size,
+    start_world,
+    stop_world,
+)
+
+__all__ = [
+    "DTYPES",
+    "Slice",
+    "World",
+    "ZeroEngine",
+    "ZeroShards",
+    "build_engine",
+    "construct_partitioned",
+    "launcher_rank",
+    "launcher_world_size",
+    "start_world",
+    "stop_world",
+]

@@ -1,0 +1,214 @@
+"""A ZeRO-3 model with an optimizer, behind the few calls the training loop needs."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forgetscale.config import OptimConfig
+from forgetscale.errors import ShardError
+from forgetscale.masks import FreezePlan
+from forgetscale.zero3.shards import Slice, ZeroShards, gather_slice, locate_all
+from forgetscale.zero3.world import World
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEEPSPEED_TAG = "deepspeed"
+ReadSlice = Callable[[str, int, int, torch.dtype], Tensor]
+"""``(name, start, length, dtype) -> [length]``: elements of a flattened source tensor."""
+
+
+def construct_partitioned(
+    construct: Callable[[], nn.Module], config: Mapping[str, Any], dtype: torch.dtype
+) -> nn.Module:
+    """Build a model whose parameters are cut up as soon as each module exists.
+
+    The type comes from ``config``: on a machine without fp16 support ``zero.Init`` turns an explicit
+    ``dtype=torch.float32`` into bfloat16, and the "fp32" run that follows is none.
+
+    Raises:
+        ShardError: DeepSpeed chose another type than ``dtype``.
+
+    Collective: every rank must call it.
+    """
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=dict(config)):
+        model = construct()
+    for name, param in model.named_parameters():
+        if param.ds_tensor.dtype != dtype:
+            raise ShardError(
+                f"{name} was partitioned as {param.ds_tensor.dtype}, expected {dtype}; this version"
+                " of DeepSpeed handles precision differently from the tested one (0.19.8)."
+            )
+    return model
+
+
+def fill_slices(slices: list[Slice], read: ReadSlice) -> None:
+    """Load this rank's slices from the source model and set padding to zero.
+
+    DeepSpeed allocates padding without clearing it; it may hold NaN, and the optimizer steps over
+    it like over any element.
+    """
+    for item in slices:
+        whole = item.param.ds_tensor.data.view(-1)
+        whole[item.length :] = 0
+        if item.length:
+            values = read(item.name, item.start, item.length, whole.dtype)
+            whole[: item.length].copy_(values)
+
+
+class ZeroEngine:
+    """One partitioned model on this rank.
+
+    Args:
+        engine: DeepSpeed engine.
+        shards: Slices of the model.
+        world: This process among all.
+    """
+
+    def __init__(self, engine: Any, shards: ZeroShards, world: World) -> None:
+        self._engine = engine
+        self.shards = shards
+        self.world = world
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module; its parameters are empty outside forward."""
+        return self._engine.module
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps DeepSpeed skipped without a word; stays 0, because each one raises."""
+        return int(self._engine.skipped_steps)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run forward. Collective: every rank must call it with the same shapes of work."""
+        return self._engine(*args, **kwargs)
+
+    def set_training(self, training: bool) -> None:
+        """Switch dropout and activation checkpointing on or off."""
+        self._engine.train(training)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add gradients of an already normalised loss; reduce over ranks.
+
+        Args:
+            loss: Scalar whose gradient, summed over micro-batches and averaged over ranks, is
+                the gradient of the step.
+            last: True for the step's last micro-batch.
+
+        Collective: every rank must call it.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """Clip, update, and return the norm of the unclipped gradient.
+
+        Raises:
+            ShardError: DeepSpeed skipped the step.
+
+        Collective: every rank must call it.
+        """
+        for group in self._engine.optimizer.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        if not self._engine.was_step_applied():
+            raise ShardError(
+                f"rank {self.world.rank}: DeepSpeed skipped an optimizer step; the gradient norm"
+                " was not finite although every gradient was checked."
+            )
+        self.shards.clear_gradients()
+        return float(self._engine.get_global_grad_norm())
+
+    def gather_working(self, item: Slice, destination: int) -> Tensor | None:
+        """Return a whole parameter in the model's type on ``destination``, None elsewhere.
+
+        Collective: every rank must call it.
+        """
+        return gather_slice(item, item.param.ds_tensor.data.view(-1), self.world.size, destination)
+
+    def save_files(self, directory: Path) -> None:
+        """Write DeepSpeed's own files below ``directory``. Collective: every rank must call it."""
+        self._engine.save_checkpoint(str(directory), tag=DEEPSPEED_TAG, save_latest=False)
+
+    def load_files(self, directory: Path) -> None:
+        """Load what ``save_files`` wrote, at the same number of ranks.
+
+        The files are pickles: verify the checkpoint's manifest first.
+        Collective: every rank must call it.
+
+        Raises:
+            ShardError: DeepSpeed found nothing to load.
+        """
+        path, _ = self._engine.load_checkpoint(
+            str(directory), tag=DEEPSPEED_TAG, load_lr_scheduler_states=False
+        )
+        if path is None:
+            raise ShardError(
+                f"rank {self.world.rank}: DeepSpeed found no checkpoint in {directory};"
+                " the folder is incomplete."
+            )
+        self.shards.refresh_gathered()
+
+    def destroy(self) -> None:
+        """Free the model, its hooks and its buffers."""
+        self._engine.destroy()
+        for item in self.shards.slices:
+            item.param.ds_tensor.data = torch.empty(0)
+        del self._engine
+        gc.collect()
+
+
+def build_engine(
+    wrapped: nn.Module,
+    *,
+    prefix: str,
+    read: ReadSlice,
+    world: World,
+    config: Mapping[str, Any],
+    plan: FreezePlan | None = None,
+    optim: OptimConfig | None = None,
+) -> ZeroEngine:
+    """Load the weights into a partitioned module and give it to DeepSpeed.
+
+    Args:
+        wrapped: Module from ``construct_partitioned``, wrapped for training.
+        prefix: What stands before checkpoint names in ``wrapped``.
+        read: Reader of the source model.
+        world: This process among all.
+        config: Full DeepSpeed configuration.
+        plan: Freeze plan; whole parameters in it get no gradient and no optimizer state.
+        optim: AdamW settings; None builds a model for forward passes only.
+
+    Collective: every rank must call it.
+    """
+    import deepspeed
+
+    slices = locate_all(wrapped, prefix, world.rank, world.size)
+    fill_slices(slices, read)
+    optimizer = None
+    for item in slices:
+        item.param.requires_grad_(
+            optim is not None and not (plan is not None and item.name in plan.whole)
+        )
+    trained = [item for item in slices if item.param.requires_grad]
+    if optim is not None:
+        # Decay is ours (masked, in ``ZeroShards.freeze``), so the optimizer's own is off.
+        optimizer = torch.optim.AdamW(
+            [item.param for item in trained],
+            lr=0.0,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=0.0,
+            fused=True,
+        )
+    engine, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=dict(config))
+    decayed = frozenset(item.name for item in trained if len(item.shape) > 1)
+    shards = ZeroShards(engine, slices, plan, world.size, decayed)
+    return ZeroEngine(engine, shards, world)

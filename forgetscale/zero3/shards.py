@@ -1,0 +1,293 @@
+"""This rank's slices of a ZeRO-3 model: gradients, master weights and working copy, kept in step.
+
+Facts used here (DeepSpeed 0.19.8), each with a test that fails if it changes:
+
+- rank ``r`` of ``W`` owns ``flat[r * p : (r + 1) * p]`` with ``p = ceil(numel / W)``; the tail of
+  the last ranks is padding and must never be read;
+- without optimizer offload the reduced gradients are slices of ``grad_partitions_flat_buffer``
+  in the order of ``fp16_groups``; with offload they were already copied to
+  ``fp32_partitioned_groups_flat[i].grad`` together with their norms, so an edit there must
+  refresh the norm;
+- neither buffer is cleared between steps: a parameter without gradient would be updated with
+  the gradient of an earlier step;
+- a write to the master does not reach the working copy, nor copies that are gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from forgetscale.api import ParamShard
+from forgetscale.masks import FreezePlan, SliceMask
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Where one parameter's slice lies on this rank."""
+
+    name: str
+    param: nn.Parameter
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    """Real elements, padding excluded; 0 on a rank that owns only padding."""
+
+    @property
+    def working(self) -> Tensor:
+        """Working copy of the slice in the model's type, ``[length]``."""
+        return self.param.ds_tensor.data.view(-1)[: self.length]
+
+
+def locate(name: str, param: nn.Parameter, rank: int, size: int) -> Slice:
+    """Return the slice of a partitioned parameter that ``rank`` of ``size`` owns."""
+    part = param.ds_tensor.numel()
+    numel = int(param.ds_numel)
+    assert part * size >= numel, (name, part, size, numel)
+    start = min(rank * part, numel)
+    return Slice(name, param, tuple(param.ds_shape), start, min(part, numel - start))
+
+
+def locate_all(model: nn.Module, prefix: str, rank: int, size: int) -> list[Slice]:
+    """Return the slices of all parameters of a partitioned model, in the model's order."""
+    found = []
+    for name, param in model.named_parameters():
+        assert name.startswith(prefix), name
+        found.append(locate(name.removeprefix(prefix), param, rank, size))
+    return found
+
+
+def gather_slice(item: Slice, values: Tensor, size: int, destination: int | None) -> Tensor | None:
+    """Assemble a whole tensor from all ranks' padded slices.
+
+    Args:
+        item: The slice.
+        values: This rank's part, padding included, ``[ceil(numel / size)]``.
+        size: Number of ranks.
+        destination: Rank that gets the result; None gives it to all.
+
+    Returns:
+        The tensor in its shape, or None on other ranks. Collective: every rank must call it.
+    """
+    numel = int(item.param.ds_numel)
+    values = values.detach().contiguous()
+    if destination is None:
+        whole = torch.empty(values.numel() * size, dtype=values.dtype, device=values.device)
+        dist.all_gather(list(whole.chunk(size)), values)
+        return whole[:numel].view(item.shape)
+    parts = None
+    if dist.get_rank() == destination:
+        parts = [torch.empty_like(values) for _ in range(size)]
+    dist.gather(values, parts, dst=destination)
+    return None if parts is None else torch.cat(parts)[:numel].view(item.shape)
+
+
+class ZeroShards:
+    """``ShardSet`` over a DeepSpeed ZeRO-3 engine, and the engine's own shard work.
+
+    Args:
+        engine: DeepSpeed engine (with an optimizer for training, without for calibration).
+        slices: All parameters of the model in its order.
+        plan: Freeze plan, or None.
+        size: Number of ranks.
+        decayed: Names of parameters that weight decay applies to.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        slices: list[Slice],
+        plan: FreezePlan | None,
+        size: int,
+        decayed: frozenset[str] = frozenset(),
+    ) -> None:
+        self._engine = engine
+        self._slices = slices
+        self._size = size
+        self._decayed = decayed
+        self._optimizer = engine.optimizer if hasattr(engine.optimizer, "fp16_groups") else None
+        self._grads: dict[str, Tensor] = {}
+        self._masters: dict[str, tuple[int, int]] = {}
+        self._edited_grads: dict[str, Tensor] = {}
+        if self._optimizer is not None:
+            self._map_optimizer()
+        self.masks: dict[str, SliceMask] = {}
+        for item in slices if plan is not None else []:
+            mask = plan.slice_mask(
+                item.name, item.shape, item.start, item.length, item.working.device
+            )
+            if mask is not None:
+                self.masks[item.name] = mask
+
+    # ---- layout -------------------------------------------------------------------------
+
+    def _map_optimizer(self) -> None:
+        optimizer = self._optimizer
+        by_id = {id(item.param): item for item in self._slices}
+        offset = 0
+        for group in optimizer.fp16_groups:
+            for param in group:
+                item = by_id[id(param)]
+                part = param.partition_numel()
+                view = optimizer.grad_partitions_flat_buffer.narrow(0, offset, part)
+                self._grads[item.name] = view[: item.length]
+                sub_group, start, numel = optimizer.grad_position[optimizer.get_param_id(param)]
+                assert numel == part, (item.name, numel, part)
+                self._masters[item.name] = (sub_group, start)
+                offset += part
+        assert offset == optimizer.grad_partitions_flat_buffer.numel()
+
+    @property
+    def offloaded(self) -> bool:
+        """True if optimizer states and gradients live in host memory."""
+        return self._optimizer is not None and bool(self._optimizer.offload_optimizer)
+
+    @property
+    def slices(self) -> list[Slice]:
+        """All slices, trained or not."""
+        return self._slices
+
+    def master(self, item: Slice) -> Tensor:
+        """Return the fp32 master slice (a view), or the working copy if it is not trained."""
+        if item.name not in self._masters:
+            return item.working
+        sub_group, start = self._masters[item.name]
+        flat = self._optimizer.fp32_partitioned_groups_flat[sub_group]
+        return flat.detach().narrow(0, start, item.length)
+
+    def gradient(self, item: Slice) -> Tensor | None:
+        """Return the reduced gradient slice (a view DeepSpeed steps with), or None."""
+        if item.name not in self._masters:
+            return None
+        if not self.offloaded:
+            return self._grads[item.name]
+        sub_group, start = self._masters[item.name]
+        grad = self._optimizer.fp32_partitioned_groups_flat[sub_group].grad
+        return grad.narrow(0, start, item.length)
+
+    # ---- ShardSet -----------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[ParamShard]:
+        """Yield slices with fp32 gradients; a bf16 gradient is a copy until ``write_gradients``."""
+        for item in self._slices:
+            grad = self.gradient(item)
+            if grad is not None and grad.dtype != torch.float32:
+                grad = self._edited_grads.setdefault(item.name, grad.float())
+            yield ParamShard(item.name, item.shape, item.start, grad, self.master(item))
+
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
+        """Return the sum over ranks. Collective: every rank must call it."""
+        result = value.detach().clone()
+        dist.all_reduce(result)
+        return result
+
+    def gather(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return whole master weights in fp32. Collective: every rank must call it."""
+        by_name = {item.name: item for item in self._slices}
+        found = {}
+        for name in names:
+            item = by_name[name]
+            padded = torch.zeros(item.param.ds_tensor.numel(), device=item.working.device)
+            padded[: item.length] = self.master(item).float()
+            whole = gather_slice(item, padded, self._size, None)
+            assert whole is not None
+            found[name] = whole
+        return found
+
+    # ---- between backward and step ------------------------------------------------------
+
+    def non_finite(self) -> str | None:
+        """Return the name of the first parameter whose gradient slice is not finite, or None.
+
+        One read of the gradients; it looks at frozen elements too, so it must run before
+        ``freeze``.
+        """
+        if self.offloaded:
+            flats = [p.grad for p in self._optimizer.fp32_partitioned_groups_flat]
+        else:
+            flats = [self._optimizer.grad_partitions_flat_buffer]
+        total = sum(torch.linalg.vector_norm(flat, dtype=torch.float32) for flat in flats)
+        if bool(torch.isfinite(torch.as_tensor(total))):
+            return None
+        for item in self._slices:
+            grad = self.gradient(item)
+            if grad is not None and not bool(torch.isfinite(grad).all()):
+                return item.name
+        return None
+
+    def write_gradients(self) -> None:
+        """Write edited fp32 copies back to a bf16 gradient buffer."""
+        for item in self._slices:
+            if item.name in self._edited_grads:
+                target = self.gradient(item)
+                assert target is not None
+                target.copy_(self._edited_grads[item.name])
+        self._edited_grads.clear()
+
+    def freeze(self, decay: float) -> None:
+        """Zero gradients of frozen elements, then decay what may move.
+
+        Args:
+            decay: Learning rate times weight decay of this step.
+        """
+        for item in self._slices:
+            grad = self.gradient(item)
+            if grad is None or item.length == 0:
+                continue
+            mask = self.masks.get(item.name)
+            if mask is not None:
+                mask.zero_frozen_(grad)
+            if item.name not in self._decayed or decay == 0.0:
+                continue
+            if mask is not None:
+                mask.decay_(self.master(item), decay)
+            else:
+                self.master(item).mul_(1.0 - decay)
+        if self.offloaded:
+            self._refresh_norms()
+
+    def _refresh_norms(self) -> None:
+        # With offload DeepSpeed measured each slice when it copied it, before our edit.
+        optimizer = self._optimizer
+        for item in self._slices:
+            grad = self.gradient(item)
+            key = None if grad is None else optimizer.get_param_id(item.param)
+            if key is not None and key in optimizer.norm_for_param_grads:
+                optimizer.norm_for_param_grads[key] = optimizer._constant_buffered_norm2(grad)
+
+    def clear_gradients(self) -> None:
+        """Zero the buffers after the step, so that no gradient serves twice."""
+        self._optimizer.grad_partitions_flat_buffer.zero_()
+        if self.offloaded:
+            for flat in self._optimizer.fp32_partitioned_groups_flat:
+                flat.grad.zero_()
+
+    # ---- after an edit of the master ----------------------------------------------------
+
+    def write_params(self) -> None:
+        """Carry edited masters to the working copy and to gathered copies.
+
+        Collective: every rank must call it, outside forward and backward.
+        """
+        optimizer = self._optimizer
+        for index, flat in enumerate(optimizer.fp16_partitioned_groups_flat):
+            flat.data.copy_(optimizer.fp32_partitioned_groups_flat[index].data)
+            optimizer._unflatten_partitioned_parameters(index)
+        self.refresh_gathered()
+
+    def refresh_gathered(self) -> None:
+        """Drop gathered copies and gather the persistent ones again from the slices.
+
+        Collective: every rank must call it.
+        """
+        for item in self._slices:
+            if item.param.ds_status.name == "AVAILABLE":
+                item.param.partition()
+        persistent = getattr(self._optimizer or self._engine.optimizer, "persistent_parameters", [])
+        if persistent:
+            persistent[0].all_gather(persistent)

@@ -1,0 +1,167 @@
+"""Start DeepSpeed quietly and talk to the other ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from forgetscale.errors import ForgetScaleError, ShardError
+
+TIMEOUT_MINUTES = 10
+
+
+def launcher_rank() -> int:
+    """Return this process's rank as the launcher set it, 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launcher_world_size() -> int:
+    """Return the number of processes the launcher started, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def _stdout_to(stream: Any) -> Iterator[None]:
+    saved = sys.stdout
+    sys.stdout = stream
+    try:
+        yield
+    finally:
+        sys.stdout = saved
+
+
+def import_deepspeed(log_path: Path) -> None:
+    """Import DeepSpeed with everything it prints sent to ``log_path``.
+
+    DeepSpeed binds its logger to the standard output it finds when imported, so a redirection
+    during the import is enough for the life of the process.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    stream = log_path.open("a", encoding="utf-8", buffering=1)
+    logging.captureWarnings(True)
+    warnings.simplefilter("once")
+    handler = logging.StreamHandler(stream)
+    logging.getLogger("py.warnings").addHandler(handler)
+    logging.getLogger("py.warnings").propagate = False
+    with _stdout_to(stream):
+        importlib.import_module("deepspeed")
+        torch_comm = importlib.import_module("deepspeed.comm.torch")
+    for name in ("DeepSpeed", "deepspeed"):
+        for old in logging.getLogger(name).handlers:
+            if isinstance(old, logging.StreamHandler):
+                old.setStream(stream)
+    # On CPU DeepSpeed would compile a shared-memory all-reduce at start, which needs a C++
+    # compiler on every node and serves only reductions that ZeRO-3 does not make.
+    torch_comm.build_shm_op = lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the rank that writes shared files and talks to the terminal."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective: every rank must call it."""
+        dist.barrier()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum of ``value`` over ranks. Collective: every rank must call it."""
+        result = value.detach().to(self.device, copy=True)
+        dist.all_reduce(result, op=dist.ReduceOp.SUM)
+        return result.to(value.device)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return every rank's picklable value, by rank. Collective: every rank must call it."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's picklable value. Collective: every rank must call it."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def agree(self, error: BaseException | None) -> None:
+        """Raise on all ranks if any rank brings an error. Collective: every rank must call it.
+
+        Without this a rank that fails alone leaves the others waiting in the next collective.
+
+        Raises:
+            ForgetScaleError: The own error if there is one, else a sentence naming the rank.
+        """
+        found = self.gather_objects(None if error is None else (type(error), str(error)))
+        if error is not None:
+            raise error
+        for rank, item in enumerate(found):
+            if item is not None:
+                kind, message = item
+                wanted = kind if issubclass(kind, ForgetScaleError) else ShardError
+                raise wanted(f"rank {rank} failed: {message}")
+
+
+def start_world(log_path: Path) -> World:
+    """Join the process group the launcher describes, or make one of a single process.
+
+    Args:
+        log_path: File that receives DeepSpeed's and Python's log noise of this process.
+
+    Collective: every rank must call it.
+    """
+    import_deepspeed(log_path)
+    import deepspeed
+
+    rank, size = launcher_rank(), launcher_world_size()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    init_method = None
+    if "MASTER_ADDR" not in os.environ:
+        # One process and no launcher: a file store needs no port.
+        folder = tempfile.mkdtemp(prefix="forgetscale-store-")
+        init_method = f"file://{folder}/store"
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    deepspeed.init_distributed(
+        "nccl" if gpu else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=datetime.timedelta(minutes=TIMEOUT_MINUTES),
+        init_method=init_method,
+        rank=rank,
+        world_size=size,
+    )
+    return World(rank, size, local_rank, device)
+
+
+def stop_world() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,111 @@
+"""A tiny model folder and token sets with sizes that force padding; made, not downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
+
+from forgetscale.data import tokenizer_hash, write_token_set
+
+VOCAB_SIZE = 67
+BLOCK_SIZE = 24
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_model(directory: Path, *, dtype=torch.float32, tied: bool = False, seed: int = 0) -> Path:
+    """Write a two-layer OLMo 2 with odd widths; grouped-query attention; random norms."""
+    config = Olmo2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=36,
+        intermediate_size=50,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(seed)
+    model = Olmo2ForCausalLM(config)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if param.dim() == 1:
+                param.copy_(1 + 0.2 * torch.randn_like(param))
+            else:
+                param.mul_(4.0)
+            assert name
+    model.to(dtype).save_pretrained(directory, safe_serialization=True)
+    words = {f"w{i}": i for i in range(VOCAB_SIZE)}
+    core = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="w0", eos_token="w1", bos_token="w1", unk_token="w2"
+    )
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def make_set(directory: Path, model: Path, *, rows: int = 40, seed: int = 1) -> Path:
+    """Write a token set of skewed random tokens."""
+    generator = np.random.default_rng(seed)
+    ids = np.minimum(generator.geometric(0.06, (rows, BLOCK_SIZE)) + 2, VOCAB_SIZE - 1)
+    write_token_set(
+        directory,
+        ids,
+        vocab_size=VOCAB_SIZE,
+        tokenizer_sha256=tokenizer_hash(model),
+        num_text_bytes=rows * BLOCK_SIZE * 3,
+    )
+    return directory
+
+
+def base_recipe(folder: Path, name: str, **method: object) -> dict:
+    """Return a recipe for the tiny world below ``folder`` (model/, data/, calibration/)."""
+    method = method or {"kind": "sft"}
+    if method["kind"] == "ssu" and method.get("score", "paper") in ("paper", "official"):
+        method.setdefault(
+            "calibration", {"path": str(folder / "calibration"), "num_blocks": 7, "micro_batch_size": 2}
+        )
+    return {
+        "run": {"name": name, "output_dir": str(folder / name), "seed": 3},
+        "model": {"path": str(folder / "model"), "dtype": "float32"},
+        "data": {"kind": "tokens", "path": str(folder / "data"), "shuffle_seed": 5},
+        "method": dict(method),
+        "optim": {"lr": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.5},
+        "train": {
+            "num_steps": 6,
+            "micro_batch_size": 2,
+            "global_batch_size": 7,
+            "checkpoint_every_steps": 2,
+            "audit_every_steps": 2,
+            "loss_chunk_size": 13,
+        },
+        "deepspeed": str(folder / "zero3.json"),
+    }
+
+
+def write_recipe(path: Path, recipe: dict) -> Path:
+    """Write a recipe as YAML."""
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def make_world(folder: Path, **model: object) -> Path:
+    """Write model, data, calibration data and DeepSpeed JSON below ``folder``."""
+    make_model(folder / "model", **model)
+    make_set(folder / "data", folder / "model")
+    make_set(folder / "calibration", folder / "model", rows=19, seed=2)
+    text = (ROOT / "ds_configs" / "zero3.json").read_text(encoding="utf-8")
+    # Mixed: norms stay gathered (persistent), matrices do not.
+    text = text.replace('"stage3_param_persistence_threshold": 100000', '"stage3_param_persistence_threshold": 100')
+    (folder / "zero3.json").write_text(text, encoding="utf-8")
+    text = (ROOT / "ds_configs" / "zero3_offload.json").read_text(encoding="utf-8")
+    (folder / "zero3_offload.json").write_text(text, encoding="utf-8")
+    return folder
