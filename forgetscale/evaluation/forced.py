@@ -223,6 +223,7 @@ class TokenPerplexity:
     ) -> None:
         self.name = name
         self.rows = rows
+        self.content_hash = content_hash
         self._tokens_per_byte = tokens_per_byte
         self.task_hash = hash_bytes(
             canonical_json({"content_hash": content_hash, "num_rows": len(rows)})

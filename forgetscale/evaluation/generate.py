@@ -128,13 +128,7 @@ def generate_answers(
     Raises:
         DataError: A prompt and its answer do not fit the model's positions.
     """
-    longest = max(len(row) for row in prompt_rows)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and longest + max_new_tokens > limit:
-        raise DataError(
-            f"the longest prompt has {longest} tokens and the answer may have {max_new_tokens}, but"
-            f" the model has {limit} positions; lower max_new_tokens or shorten the prompt."
-        )
+    _require_fit(model, max(len(row) for row in prompt_rows), max_new_tokens)
     config = generation_config(
         decoding, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=prompts.pad_id
     )
@@ -157,6 +151,15 @@ def generate_answers(
         on_answers(len(rows))
     answers = gather_exactly_once(collective, local, range(len(prompt_rows)))
     return [answers[item] for item in range(len(prompt_rows))]
+
+
+def _require_fit(model: Any, longest: int, max_new_tokens: int) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise DataError(
+            f"the longest prompt has {longest} tokens and the answer may have {max_new_tokens}, but"
+            f" the model has {limit} positions; lower max_new_tokens or shorten the prompt."
+        )
 
 
 def _batch_seed(seed: int, number: int) -> int:

@@ -63,11 +63,10 @@ def load_perplexity(
             " tokenizer of the model."
         )
     num_rows = min(token_set.num_rows, max_rows or token_set.num_rows)
-    dropped = int(token_set.payload["packing"]["dropped_tail_tokens"])
     num_bytes = token_set.num_text_bytes
     return TokenPerplexity(
         name,
         token_set.read(range(num_rows)),
-        tokens_per_byte=(token_set.num_tokens + dropped) / num_bytes if num_bytes else None,
+        tokens_per_byte=token_set.num_tokens / num_bytes if num_bytes else None,
         content_hash=token_set.content_hash,
     )

@@ -150,9 +150,22 @@ class ModelEvaluator:
         self._prompts = ChatPrompts(loaded.tokenizer) if has_chat else None
 
     @property
-    def task_hashes(self) -> dict[str, str]:
-        """Task name -> SHA-256 of its content."""
-        return {task.name: task.task_hash for task in self._tasks}
+    def input_hashes(self) -> dict[str, str]:
+        """Task name -> SHA-256 of its content; of a token set, whatever rows of it are used."""
+        return {
+            task.name: task.task_hash if isinstance(task, ChatTask) else task.content_hash
+            for task in self._tasks
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is recorded beside the results: limits, decoding, precision."""
+        limit = self._max_new_tokens
+        return {
+            "max_new_tokens": limit if isinstance(limit, int) else dict(limit),
+            **asdict(self._options),
+            "dtype": str(self._loaded.model.dtype).removeprefix("torch."),
+        }
 
     def evaluate(
         self,
@@ -292,22 +305,18 @@ def evaluate_model(
     )
     settings = MeasureSettings(batch_size, seed, options.num_resamples)
     results, samples = evaluator.evaluate(collective, settings, log_path=log_path)
-    limits = max_new_tokens if isinstance(max_new_tokens, int) else dict(max_new_tokens)
     recorded = {"model": Path(model_dir).name, "batch_size": batch_size, "seed": seed}
-    recorded |= {"max_new_tokens": limits, **asdict(options)}
-    recorded["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
+    recorded |= evaluator.settings
 
     def publish() -> None:
-        inputs = {**evaluator.task_hashes, "model": hash_model(model_dir)}
-        write_results(
-            output_dir,
-            results,
-            samples,
-            settings=recorded,
-            inputs=inputs,
-            recipe=recipe,
-            replace=replace,
-        )
+        inputs = {**evaluator.input_hashes, "model": hash_model(model_dir)}
+        made: dict[str, Any] = {
+            "settings": recorded,
+            "inputs": inputs,
+            "recipe": recipe,
+            "replace": replace,
+        }
+        write_results(output_dir, results, samples, **made)
 
     publish_on_rank_zero(collective, publish)
     return results

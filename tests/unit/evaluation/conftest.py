@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
 from forgetscale.data import tokenizer_hash, write_token_set
+from forgetscale.evaluation import Result, write_results
 
 SPECIALS = ["<pad>", "<unk>", "<bos>", "<eos>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = (
@@ -192,3 +195,103 @@ def _run_ranks(world_size: int, work: Callable[[ThreadCollective], Any]) -> list
     if failures:
         raise failures[0]
     return outcomes
+
+
+class RunMaker:
+    """Writes run folders whose numbers follow simple curves."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def result(
+        self, task: str, value: float, metric: str = "accuracy", *, n: int = 200, seed: int = 0
+    ) -> Result:
+        spread = (
+            1.96 * math.sqrt(max(value * (1 - value), 0.0) / n) if metric != "perplexity" else 0
+        )
+        kind = {"perplexity": "perplexity", "bits_per_byte": "perplexity"}.get(metric, "exact")
+        lower = metric in ("perplexity", "bits_per_byte") or task in ("over_refusal", "code_mixing")
+        return Result(
+            task=task,
+            metric=metric,
+            value=value,
+            n=n,
+            low=value - (spread or 0.01 * value),
+            high=value + (spread or 0.01 * value),
+            task_hash=f"{task}-{seed}",
+            higher_is_better=not lower,
+            kind="code_mixing" if task == "code_mixing" else kind,
+        )
+
+    def perplexities(self, source: float, target: float, seed: int) -> list[Result]:
+        pairs = (("source", source), ("target", target))
+        return [
+            self.result(f"perplexity/{name}", value, metric, seed=seed)
+            for name, perplexity in pairs
+            for metric, value in (
+                ("perplexity", perplexity),
+                ("bits_per_byte", 0.4 * math.log2(perplexity)),
+            )
+        ]
+
+    def __call__(
+        self,
+        method: str,
+        seed: int,
+        recalls: Sequence[float],
+        perplexities: Sequence[float],
+        *,
+        abilities: Mapping[str, tuple[float, float]] | None = None,
+        final: bool = True,
+        step_seconds: float = 1.0,
+        name: str | None = None,
+        recall: bool = True,
+    ) -> Path:
+        """Make a run: ``recalls`` and ``perplexities`` at steps 0, 50, 100 and so on."""
+        kind, _, score = method.partition("/")
+        path = self.root / (name or f"{method.replace('/', '-')}-seed{seed}")
+        (path / "results").mkdir(parents=True)
+        section: dict[str, Any] = {"kind": kind} | ({"score": score} if score else {})
+        recipe = {
+            "run": {"name": path.name, "seed": seed},
+            "model": {"path": "/somewhere/world/init"},
+            "method": section,
+            "optim": {"lr": 3e-4},
+            "train": {"global_batch_size": 16},
+        }
+        (path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        points = []
+        for kept, perplexity in zip(recalls, perplexities, strict=True):
+            results = self.perplexities(6.0 + 4 * (1 - kept), perplexity, seed)
+            if recall:
+                results.append(self.result("recall", kept, seed=seed))
+            points.append(results)
+        with (path / "results" / "curve.jsonl").open("w") as file:
+            for index, results in enumerate(points):
+                row = {
+                    "step": 50 * index,
+                    "target_tokens": 50 * index * 1024,
+                    "results": [result.to_json() for result in results],
+                }
+                file.write(json.dumps(row) + "\n")
+        with (path / "metrics.jsonl").open("w") as file:
+            last = 50 * (len(points) - 1)
+            for step in range(1, last + 1, 5):
+                loss = math.log(np.interp(step, range(0, last + 1, 50), perplexities))
+                loss += 0.05 * math.sin(step * (1 + seed))
+                row = {"step": step, "loss": loss, "step_seconds": step_seconds}
+                file.write(json.dumps(row) + "\n")
+        for folder, index, which in (("source", 0, 0), ("final", -1, 1)):
+            if folder == "final" and not final:
+                continue
+            results = list(points[index])
+            for task, values in (abilities or {}).items():
+                metric = "rate" if "refusal" in task or task == "code_mixing" else "accuracy"
+                results.append(self.result(task, values[which], metric, seed=seed))
+            write_results(path / "results" / folder, results, [], settings={"seed": seed})
+        return path
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> RunMaker:
+    return RunMaker(tmp_path / "runs")

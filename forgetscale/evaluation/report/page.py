@@ -1,0 +1,387 @@
+"""The page: one self-contained HTML file, drawn from the numbers of ``report.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from forgetscale.evaluation.report.bars import abilities_plot, matched_plot
+from forgetscale.evaluation.report.claim import CONTROL, RANDOM, SUBJECT
+from forgetscale.evaluation.report.curves import retention_key, retention_plot, steps_plot
+from forgetscale.evaluation.report.drawing import method_styles
+from forgetscale.evaluation.report.runs import RECALL
+from forgetscale.evaluation.report.style import STYLE
+from forgetscale.evaluation.report.words import (
+    ability_label,
+    headline,
+    interval,
+    number,
+    signed_percent,
+)
+
+_STATUS = {"held": "good", "not held": "bad", "not tested": "open"}
+
+
+def render(data: Mapping[str, Any]) -> str:
+    """Return the page.
+
+    Args:
+        data: Content of ``report.json``.
+    """
+    title = escape(str(data["title"]))
+    sections = [
+        _top(data),
+        _key_table(data),
+        _plots(data),
+        _matched_table(data),
+        _abilities_table(data),
+        _runs_table(data),
+        _how_measured(data),
+        _provenance(data),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _top(data: Mapping[str, Any]) -> str:
+    claim = data["claim"]
+    seeds = {run["seed"] for run in data["runs"]}
+    count = f"{len(data['runs'])} run{'s' if len(data['runs']) > 1 else ''}"
+    methods = f"{len(data['summary'])} method{'s' if len(data['summary']) > 1 else ''}"
+    numbers = f"{count}, {methods}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+    verdict = ""
+    if len(data["summary"]) > 1 and _measured(data, RECALL):
+        verdict = (
+            f'<p class="verdict {_STATUS[claim["status"]]}"><b>Claim {escape(claim["status"])}.</b>'
+            f" {escape(_without_status(claim['sentence'], claim['status']))}"
+            f'<span class="claim">{escape(claim["claim"])}</span></p>'
+        )
+    return (
+        f'<header><p class="kind">Retention report · {numbers}</p>'
+        f"<h1>{escape(str(data['title']))}</h1>"
+        f'<p class="headline">{"<br>".join(map(escape, headline(data)))}</p>{verdict}</header>'
+    )
+
+
+def _measured(data: Mapping[str, Any], name: str) -> bool:
+    return any(name in entry["abilities"] for entry in data["summary"])
+
+
+def _without_status(sentence: str, status: str) -> str:
+    """Return the claim's sentence without the status it opens with, which the box shows."""
+    rest = sentence[len(status) :].lstrip(": ") if sentence.lower().startswith(status) else sentence
+    return rest[:1].upper() + rest[1:]
+
+
+def _table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, kind: str = ""
+) -> str:
+    """Return a table of HTML cells; the first ``left`` columns are text, the others numbers."""
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        return "".join(
+            f"<{tag}{'' if index < left else ' class=num'}>{cell}</{tag}>"
+            for index, cell in enumerate(row)
+        )
+
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{cells(head, "th")}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _method_cell(method: str, styles: Mapping[str, tuple[str, str]]) -> str:
+    colour = styles[method][0]
+    return f'<span class="dot" style="background:{colour}"></span>{escape(method)}'
+
+
+def _change(ability: Mapping[str, Any] | None) -> str:
+    if ability is None:
+        return "–"
+    spread = interval(ability["low"], ability["high"])
+    small = f"<small>{spread}</small>" if spread else ""
+    return f"{number(ability['before'])} → <b>{number(ability['after'])}</b>{small}"
+
+
+def _spread(mean: Mapping[str, Any] | None, *, percent: bool = False) -> str:
+    """Return a mean with its interval below it."""
+    if mean is None:
+        return "–"
+    write = signed_percent if percent else number
+    if mean["low"] is None:
+        return f"<b>{write(mean['mean'])}</b>"
+    return (
+        f"<b>{write(mean['mean'])}</b><small>{write(mean['low'])} to {write(mean['high'])}</small>"
+    )
+
+
+def _key_table(data: Mapping[str, Any]) -> str:
+    summary = data["summary"]
+    styles = method_styles([entry["method"] for entry in summary])
+    head = ["method", "seeds"]
+    shown = [RECALL] if _measured(data, RECALL) else []
+    if not shown:
+        shown = [name for name in _BITS if _measured(data, name)]
+    if not shown and _measured(data, "perplexity/source"):
+        shown = ["perplexity/source"]
+    if any(entry["target"] for entry in summary) and shown != list(_BITS):
+        head.append("target perplexity")
+    head += [escape(ability_label(name)) for name in shown]
+    middle = len(data["matched_levels"]) // 2
+    is_matched = bool(data["matched_levels"]) and len(summary) > 1
+    if is_matched:
+        level = data["matched_levels"][middle]
+        head.append(f"recall at perplexity {number(level['target_perplexity'])}")
+    averaged = any(entry["relative_degradation"] for entry in summary)
+    if averaged:
+        head.append("source tasks, relative change")
+    seconds = {entry["method"]: entry["step_seconds"] for entry in summary}
+    if any(seconds.values()):
+        head.append("step time")
+    rows = []
+    for entry in summary:
+        row = [_method_cell(entry["method"], styles), str(len(entry["seeds"]))]
+        if "target perplexity" in head:
+            row.append(_change(entry["target"]))
+        row += [_change(entry["abilities"].get(name)) for name in shown]
+        if is_matched:
+            row.append(_spread(entry["matched_points"][middle]["recall"]))
+        if averaged:
+            row.append(_spread(entry["relative_degradation"], percent=True))
+        if any(seconds.values()):
+            row.append(_seconds(entry["step_seconds"], seconds.get(CONTROL), entry["method"]))
+        rows.append(row)
+    note = "Before → after adaptation; small: 95% interval."
+    if is_matched:
+        note += " Runs end at different target perplexity: compare the column at equal perplexity."
+    return f'<section class="key">{_table(head, rows)}<p class="note">{note}</p></section>'
+
+
+_BITS = ("bits_per_byte/target", "bits_per_byte/source")
+
+
+def _seconds(seconds: float | None, control: float | None, method: str) -> str:
+    if seconds is None:
+        return "–"
+    text = f"{seconds:.3g} s"
+    if control and method != CONTROL:
+        text += f"<small>{seconds / control:.2f} × {CONTROL}</small>"
+    return text
+
+
+def _plots(data: Mapping[str, Any]) -> str:
+    key = retention_key(data["runs"])
+    kept = ability_label(key) if key else "source ability"
+    matched = matched_plot(data)
+    figures = [
+        (
+            retention_plot(data, wide=matched is None),
+            f"What is kept against what is gained: {kept} while target perplexity falls. Higher"
+            " and further right is better."
+            if key == RECALL
+            else f"What is kept against what is gained: {kept} while target perplexity falls. Lower"
+            " and further right is better.",
+            "Bands: range over seeds. Dotted: matched points."
+            if matched
+            else "Bands, if any: range over seeds.",
+            "half" if matched else "full",
+        ),
+        (
+            matched,
+            "Recall lost at equal target perplexity.",
+            "Lines: 95% t interval over seeds.",
+            "half",
+        ),
+        (
+            abilities_plot(data),
+            "Every ability before and after adaptation.",
+            "Lines: 95% interval (bootstrap for one run, t over several seeds).",
+            "full",
+        ),
+        (steps_plot(data), "Over the steps of training.", "One line per run.", "full"),
+    ]
+    drawn = [
+        f'<figure class="{width}"><figcaption><b>{escape(text)}</b> {escape(note)}</figcaption>'
+        f"{svg}</figure>"
+        for svg, text, note, width in figures
+        if svg
+    ]
+    return f'<section class="plots">{"".join(drawn)}</section>' if drawn else ""
+
+
+def _matched_table(data: Mapping[str, Any]) -> str:
+    if len(data["summary"]) < 2 or not _measured(data, RECALL):
+        return ""
+    if not data["matched_levels"]:
+        why = escape(data["matched_missing"])
+        return f"<section><h2>Matched comparison</h2><p>Not possible: {why}.</p></section>"
+    styles = method_styles([entry["method"] for entry in data["summary"]])
+    head = ["method"]
+    for level in data["matched_levels"]:
+        where = f"{level['name']}, {number(level['target_perplexity'])}"
+        head += [f"recall kept ({where})", "lost", f"lost − {CONTROL}"]
+    rows = []
+    for entry in data["summary"]:
+        row = [_method_cell(entry["method"], styles)]
+        for point in entry["matched_points"]:
+            row += [
+                _spread(point["recall"]),
+                _spread(point["recall_loss"]),
+                _spread(point["recall_loss_minus_sft"]),
+            ]
+        rows.append(row)
+    return (
+        "<section><h2>Matched comparison</h2>"
+        f"<p>{escape(data['matched_rule'])} Means over seeds with 95% t intervals; the last column"
+        f" of each group is paired by seed.</p>{_table(head, rows)}{_claim_table(data)}</section>"
+    )
+
+
+def _claim_table(data: Mapping[str, Any]) -> str:
+    claim = data["claim"]
+    if not claim["points"]:
+        return ""
+    head = ["matched point", *(f"{name}, recall lost" for name in (SUBJECT, CONTROL, RANDOM))]
+    head += [f"below {CONTROL} by", "at least 25%", f"below {RANDOM}"]
+    rows = [
+        [
+            f"{escape(point['name'])}, perplexity {number(point['target_perplexity'])}",
+            *(number(point["recall_loss"][name]) for name in (SUBJECT, CONTROL, RANDOM)),
+            "–" if point["reduction"] is None else f"{point['reduction']:.0%}",
+            _yes(point["below_control"]),
+            _yes(point["below_random"]),
+        ]
+        for point in claim["points"]
+    ]
+    return f"<h3>Claim, point by point: {escape(claim['status'])}</h3>{_table(head, rows)}"
+
+
+def _yes(value: bool) -> str:
+    return '<span class="yes">✓ yes</span>' if value else '<span class="no">✗ no</span>'
+
+
+def _abilities_table(data: Mapping[str, Any]) -> str:
+    summary = data["summary"]
+    names = list(dict.fromkeys(name for entry in summary for name in entry["abilities"]))
+    if not names:
+        return ""
+    styles = method_styles([entry["method"] for entry in summary])
+    changes = _mean_changes(data)
+    rows = []
+    for name in names:
+        label = escape(ability_label(name))
+        for entry in summary:
+            ability = entry["abilities"].get(name)
+            if ability is None:
+                continue
+            direction = "" if ability["higher_is_better"] or not label else " ↓"
+            rows.append(
+                [
+                    label + direction,
+                    _method_cell(entry["method"], styles),
+                    number(ability["before"]),
+                    f"<b>{number(ability['after'])}</b>",
+                    interval(ability["low"], ability["high"]) or "–",
+                    signed_percent(changes.get((entry["method"], name))),
+                    f"{ability['n']:,}",
+                ]
+            )
+            label = ""
+    head = ["ability", "method", "before", "after", "95% interval", "relative change", "n"]
+    return (
+        "<section><h2>All abilities</h2><p>↓ marks abilities where less is better; a negative"
+        " relative change, given for source abilities, is always a loss.</p>"
+        f"{_table(head, rows, left=2)}</section>"
+    )
+
+
+def _mean_changes(data: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    found: dict[tuple[str, str], list[float]] = {}
+    for run in data["runs"]:
+        for name, change in run["relative_degradation"]["abilities"].items():
+            if run["abilities"].get(name, {}).get("side") != "source":
+                continue
+            found.setdefault((run["method"], name), []).append(change)
+    return {key: sum(values) / len(values) for key, values in found.items()}
+
+
+def _runs_table(data: Mapping[str, Any]) -> str:
+    styles = method_styles([run["method"] for run in data["runs"]])
+    head = ["run", "method", "seed", "target perplexity", "recall", "matched points, recall"]
+    head += ["source tasks", "step time", "settings"]
+    rows = []
+    for run in data["runs"]:
+        points = " · ".join(number(point["recall"]) for point in run["matched_points"]) or "–"
+        settings = ", ".join(f"{key} {value}" for key, value in run["settings"].items())
+        notes = f"<small>{escape('; '.join(run['notes']))}</small>" if run["notes"] else ""
+        rows.append(
+            [
+                escape(run["folder"]) + notes,
+                _method_cell(run["method"], styles),
+                str(run["seed"]),
+                _change(run["target"]),
+                _change(run["abilities"].get(RECALL)),
+                points,
+                signed_percent(run["relative_degradation"]["average"]),
+                "–" if run["step_seconds"] is None else f"{run['step_seconds']:.3g} s",
+                f"<small>{escape(settings)}</small>",
+            ]
+        )
+    return f"<section><h2>Runs</h2>{_table(head, rows, left=2)}</section>"
+
+
+def _how_measured(data: Mapping[str, Any]) -> str:
+    points = [
+        "<b>Perplexity</b>: e to the mean negative log-likelihood of held-out tokens.",
+        "<b>Bits per byte</b>: the same in bits per UTF-8 byte of text; comparable between"
+        " tokenizers.",
+        "<b>Fact recall</b>: share of closed-book questions whose greedy answer equals an accepted"
+        " one, by teacher forcing on the answer and the end-of-turn token.",
+        "<b>Compliance</b>: share of generated answers that pass every check of a program."
+        " <b>Refusals</b> are recognised by their opening words (a heuristic).",
+        "<b>Answers mixed</b>: share of answers to source-language prompts with at least one word"
+        " that belongs to the target language only.",
+        "<b>Intervals</b>: 95%; bootstrap over questions or rows for one run, Student's t over"
+        " seeds for several. A bootstrap interval has no width where all answers were alike.",
+        "<b>Relative change</b>: (adapted − source) / source per task, as in arXiv 2512.04844,"
+        " averaged over source tasks: chat tasks in the source language; target tasks,"
+        " code-mixing and perplexities are shown but not averaged. Where less is better: for"
+        " rates, of the share of good answers; for perplexity and bits per byte, with the sign"
+        " turned. So a negative number is always a loss.",
+        "<b>Step time</b>: median over the run without its first steps, on the machine of the run.",
+    ]
+    items = "".join(f"<li>{point}</li>" for point in points)
+    return f"<section><h2>How it was measured</h2><ul>{items}</ul></section>"
+
+
+def _provenance(data: Mapping[str, Any]) -> str:
+    made_by = data["provenance"]
+    seen: dict[str, list[str]] = {}
+    for run in data["runs"]:
+        text = ", ".join(f"{key} {value}" for key, value in run["versions"].items())
+        if text:
+            seen.setdefault(text, []).append(run["folder"])
+    rows = [
+        [escape(", ".join(folders) if len(seen) > 1 else "all runs"), escape(text)]
+        for text, folders in seen.items()
+    ]
+    rows.append(
+        [
+            "this report",
+            escape(
+                f"{' '.join(map(str, made_by.get('command', [])))}; commit"
+                f" {made_by.get('commit')}; {made_by.get('time')}"
+            ),
+        ]
+    )
+    return (
+        "<section><h2>Provenance</h2>"
+        f"{_table(['what', 'made by'], rows, left=2, kind='made')}</section>"
+    )
