@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks (default: all there)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="result folder")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences at once")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer"
+    )
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of the intervals")
 
 

@@ -27,15 +27,19 @@ EPILOG = """examples:
   deepspeed --num_gpus 8 --module forgetscale train --config run.yaml
   forgetscale report --runs runs/a runs/b --output runs/report
 
-exit codes: 0 done; 2 recipe or input wrong; 75 stopped early and safe to start again; 1 anything else
+exit codes: 0 done; 2 recipe or input wrong; 75 stopped early, start again; 1 anything else
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
+def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser; only the chosen command is imported, so that help is quick.
+
+    Args:
+        chosen: Name of the command whose options are needed; None for the list of commands.
+    """
     parser = argparse.ArgumentParser(
         prog="forgetscale",
-        description="Adapt large language models on DeepSpeed ZeRO-3 without losing what they know.",
+        description="Adapt large language models on ZeRO-3 without losing what they know.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -44,6 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
+        if name != chosen:
+            commands.add_parser(name, help=summary)
+            continue
         module = importlib.import_module(f"forgetscale.cli.{name}")
         command = commands.add_parser(
             name,
@@ -70,7 +77,9 @@ def _report_error(error: ForgetScaleError) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    options = build_parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = next((word for word in given if word in COMMANDS), None)
+    options = build_parser(chosen).parse_args(given)
     try:
         options.run(options)
     except ForgetScaleError as error:

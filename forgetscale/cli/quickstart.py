@@ -78,9 +78,7 @@ def run(options: argparse.Namespace) -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         for done in [pool.submit(world.prepare) for world in worlds]:
             done.result()
-        pending = [
-            pool.submit(world.adapt, name) for world in worlds for name in options.methods
-        ]
+        pending = [pool.submit(world.adapt, name) for world in worlds for name in options.methods]
         run_dirs = [done.result() for done in pending]
     report = build_report(
         run_dirs, options.output, title="A model learns a language and keeps what it knew"

@@ -1,4 +1,4 @@
-"""Run commands one after another or side by side, with progress on the terminal and logs in files."""
+"""Run commands in turn or side by side: progress on the terminal, their output in files."""
 
 from __future__ import annotations
 

@@ -42,9 +42,7 @@ class _LiveModel:
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Score right-padded rows; causal attention keeps padding out of earlier positions."""
         device = self._engine.world.device
-        nll, best = self._engine(
-            input_ids.to(device), labels=input_ids.to(device), mode="score"
-        )
+        nll, best = self._engine(input_ids.to(device), labels=input_ids.to(device), mode="score")
         return nll.cpu(), best.cpu()
 
 

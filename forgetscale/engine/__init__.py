@@ -10,4 +10,12 @@ from forgetscale.engine.run import (
     write_plan,
 )
 
-__all__ = ["RunLog", "export_checkpoint", "make_plan", "open_run_folder", "open_source", "train", "write_plan"]
+__all__ = [
+    "RunLog",
+    "export_checkpoint",
+    "make_plan",
+    "open_run_folder",
+    "open_source",
+    "train",
+    "write_plan",
+]

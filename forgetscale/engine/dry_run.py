@@ -1,0 +1,104 @@
+"""Try a recipe for real, without keeping anything: estimates, then two steps with rate 0."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from forgetscale.api import Method
+from forgetscale.config import Recipe
+from forgetscale.config.deepspeed import accumulation_steps
+from forgetscale.data import TokenSet, open_stream, require_same_tokenizer
+from forgetscale.engine.estimate import MemoryEstimate, estimate_memory, flops_per_token
+from forgetscale.engine.loop import micro_batches
+from forgetscale.engine.metrics import memory_bytes
+from forgetscale.engine.run import (
+    num_train_steps,
+    open_source,
+    start_engine,
+)
+from forgetscale.models import build_skeleton, parameter_shapes, read_model_config
+from forgetscale.zero3 import World
+
+NUM_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a recipe will need."""
+
+    num_parameters: int
+    num_steps: int
+    target_tokens_per_step: int
+    flops_per_token: int
+    memory: MemoryEstimate
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What the mock step showed."""
+
+    loss: float
+    step_seconds: float
+    memory_bytes: int
+
+
+def look_ahead(recipe: Recipe, world_size: int) -> Outlook:
+    """Compute the needs of a recipe from configuration files alone; no weights, no ranks."""
+    config = read_model_config(recipe.model.path, recipe.model.attn_implementation)
+    skeleton = build_skeleton(config)
+    shapes = parameter_shapes(skeleton)
+    block = TokenSet(recipe.data.path).block_size
+    embedding = skeleton.get_input_embeddings().weight
+    tied = skeleton.get_output_embeddings().weight is embedding
+    name = next(n for n, p in skeleton.named_parameters() if p is embedding)
+    return Outlook(
+        num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
+        num_steps=num_train_steps(recipe, block),
+        target_tokens_per_step=recipe.train.global_batch_size * (block - 1),
+        flops_per_token=flops_per_token(
+            shapes, "" if tied else name, config.num_hidden_layers, config.hidden_size, block
+        ),
+        memory=estimate_memory(recipe, shapes, config.vocab_size, world_size),
+    )
+
+
+def mock_steps(recipe: Recipe, method: Method, world: World) -> Trial:
+    """Run two whole steps with learning rate 0 on the first rows of the stream.
+
+    The second is timed. Nothing is written, and no weight changes.
+    Collective: every rank must call it.
+    """
+    token_set = TokenSet(recipe.data.path)
+    require_same_tokenizer(token_set, recipe.model.path)
+    source = open_source(recipe, world)
+    engine = start_engine(recipe, world, source, plan=None, training=True)
+    engine.set_training(True)
+    stream = open_stream(
+        token_set,
+        seed=recipe.data.shuffle_seed,
+        global_batch_size=recipe.train.global_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    count = accumulation_steps(recipe, world.size)
+    num_targets = recipe.train.global_batch_size * (token_set.block_size - 1)
+    loss_sum, seconds = 0.0, 0.0
+    for _ in range(NUM_STEPS):
+        rows = next(stream).input_ids
+        start = time.perf_counter()
+        batches = list(micro_batches(rows, recipe.train.micro_batch_size, count))
+        loss_sum = 0.0
+        for number, (ids, labels) in enumerate(batches):
+            loss = engine(ids.to(world.device), labels.to(world.device), method.loss)
+            loss_sum += float(loss.detach())
+            engine.backward(loss * (world.size / num_targets), last=number == count - 1)
+        engine.shards.freeze(decay=0.0)
+        engine.step(lr=0.0)
+        seconds = time.perf_counter() - start
+    total = float(world.sum(torch.tensor([loss_sum], dtype=torch.float64)))
+    trial = Trial(total / num_targets, seconds, memory_bytes())
+    engine.destroy()
+    return trial
