@@ -252,8 +252,11 @@ class CheckpointStore:
             if not problems:
                 return RunState(**manifest["payload"])
             self._log(f"checkpoint: step {step} is damaged and set aside: {problems[0]}")
-            self._on_main(lambda path=path: str(path.rename(path.with_name(path.name + ".bad"))))
+            self._set_aside(path)
         return None
+
+    def _set_aside(self, path: Path) -> None:
+        self._on_main(lambda: str(path.rename(path.with_name(path.name + ".bad"))))
 
     def load(self, state: RunState, engine: ZeroEngine) -> dict[str, Any]:
         """Load a verified checkpoint into the engine; return the method's state.

@@ -56,9 +56,10 @@ def _refuse_unknown(found: Mapping[str, Any], allowed: set[str], where: str, pat
     for name in found:
         if name not in allowed:
             near = difflib.get_close_matches(name, sorted(allowed), n=1)
-            hint = f" (nearest tested setting: {near[0]})" if near else ""
+            hint = f" (nearest tested: {near[0]})" if near else ""
             raise ConfigError(
-                f"deepspeed: {path}: {where}{name} is not tested with freeze plans{hint}; remove it."
+                f"deepspeed: {path}: {where}{name} is not tested with freeze plans{hint};"
+                " remove it."
             )
 
 

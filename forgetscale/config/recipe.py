@@ -153,10 +153,17 @@ class HftMethodConfig:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kind: Literal["hft"]
-    frozen_fraction: Literal[0.5] = 0.5
+    frozen_fraction: float = 0.5
     """Only the paper's half is defined."""
     plan: Path | None = None
     """A finished plan folder; None draws the plan from ``run.seed``."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(
+            self.frozen_fraction == 0.5,
+            f"frozen_fraction must be 0.5 for hft, got {self.frozen_fraction}",
+        )
 
 
 MethodConfig = Annotated[SftMethodConfig | SsuMethodConfig | HftMethodConfig, Discriminator("kind")]

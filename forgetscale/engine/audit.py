@@ -15,7 +15,7 @@ from forgetscale.zero3 import World, ZeroShards
 
 
 def _digest(values: Tensor) -> str:
-    return xxhash.xxh3_128_hexdigest(values.contiguous().cpu().view(torch.uint8).numpy())
+    return xxhash.xxh3_128_hexdigest(values.contiguous().cpu().view(torch.uint8).numpy().data)
 
 
 class FreezeAudit:

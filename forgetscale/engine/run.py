@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from forgetscale.api import Method
 from forgetscale.artifact import canonical_json, hash_bytes, hash_file
@@ -48,7 +48,7 @@ class SourceModel:
 
     folder: SafetensorsFolder
     config: Any
-    skeleton: nn.Module
+    skeleton: Any
     shapes: dict[str, tuple[int, ...]]
     content_hash: str
 
@@ -89,7 +89,7 @@ def start_engine(
     """
     config = engine_config(recipe, world.size)
     dtype = DTYPES[recipe.model.dtype]
-    model = construct_partitioned(lambda: construct(source.config), config, dtype)
+    model: Any = construct_partitioned(lambda: construct(source.config), config, dtype)
     if recipe.model.activation_checkpointing and training:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -182,7 +182,7 @@ def settle_plan(
         if plan is not None:
             write_plan(kept, plan, recipe, world)
         return plan
-    path = kept if found else Path(given)
+    path = kept if given is None or found else Path(given)
     plan = load_plan(path)
     made_for = plan.provenance.get("model_hash")
     if made_for != source.content_hash:

@@ -68,9 +68,9 @@ def draw_half(structure: nn.Module, seed: int) -> frozenset[str]:
         modules += generator.sample(_named(layer, prefix, FEED_FORWARD), 2 if index in more else 1)
         frozen += [f"{module}.weight" for module in modules]
         norms = [
-            f"{prefix}.{name}.weight"
-            for name, child in layer.named_children()
-            if getattr(child, "weight", None) is not None and child.weight.dim() == 1
+            f"{prefix}.{name}"
+            for name, param in layer.named_parameters()
+            if name.count(".") == 1 and name.endswith(".weight") and param.dim() == 1
         ]
         frozen += generator.sample(norms, len(norms) // 2)
     return frozenset(frozen)

@@ -5,7 +5,7 @@ Shape letters: B sequences, T positions, N flattened positions, D model width, V
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -61,7 +61,7 @@ class CausalLMWithLoss(nn.Module):
 
     PREFIX = "model."
 
-    def __init__(self, model: nn.Module, chunk_size: int) -> None:
+    def __init__(self, model: Any, chunk_size: int) -> None:
         super().__init__()
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
@@ -69,13 +69,15 @@ class CausalLMWithLoss(nn.Module):
                 f"model: the output head is {type(head).__name__}, expected a linear layer;"
                 " this architecture is not supported."
             )
-        self.model = model
-        self.head = LossHead(head, chunk_size)
+        self.model: Any = model
+        self.head: Any = LossHead(head, chunk_size)
 
     def hidden_states(self, input_ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Return the last hidden states (after the final norm)."""
-        decoder = self.model.base_model
-        return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden: Tensor = self.model.base_model(
+            input_ids=input_ids, use_cache=False
+        ).last_hidden_state
+        return hidden
 
     def forward(
         self,
@@ -96,7 +98,8 @@ class CausalLMWithLoss(nn.Module):
                 hooks); ``logits`` the model's own logits (short inputs only).
         """
         if mode == "logits":
-            return self.model(input_ids=input_ids, use_cache=False).logits
+            logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+            return logits
         hidden = self.hidden_states(input_ids)
         if mode == "body":
             return hidden
@@ -107,7 +110,8 @@ class CausalLMWithLoss(nn.Module):
             nll, best = self.head(flat, targets.clamp_min(0), None)
             shape = (labels.shape[0], labels.shape[1] - 1)
             return nll.view(shape), best.view(shape)
-        return self.head(flat, targets, loss)
+        value: Tensor = self.head(flat, targets, loss)
+        return value
 
 
 @torch.no_grad()

@@ -30,15 +30,18 @@ def read_model_config(directory: Path, attn_implementation: str = "sdpa") -> Pre
     except (ValueError, OSError, KeyError) as error:
         first = str(error).splitlines()[0]
         raise DataError(f"{directory}/config.json cannot be used: {first}") from error
+    assert isinstance(config, PretrainedConfig)
     config._attn_implementation = attn_implementation
     config.use_cache = False
     return config
 
 
-def construct(config: PretrainedConfig) -> nn.Module:
+def construct(config: PretrainedConfig) -> Any:
     """Construct the model class of ``config`` without initialising weights."""
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
     model.tie_weights()
     return model
 
@@ -53,14 +56,14 @@ def _parameters_on_meta() -> Iterator[None]:
             meta = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
             module._parameters[name] = meta
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def build_skeleton(config: PretrainedConfig) -> nn.Module:
+def build_skeleton(config: PretrainedConfig) -> Any:
     """Return the model with parameters on the meta device and real fp32 buffers.
 
     It costs no weight memory, and tells names, shapes, module types and the exact values of

@@ -98,6 +98,7 @@ class SafetensorsFolder:
         view = self._handle(self._file_of[name]).get_slice(name)
         if length == 0:
             return torch.empty(0, dtype=dtype or torch.float32)
+        values: Tensor
         if not shape:
             values = self._handle(self._file_of[name]).get_tensor(name).reshape(1)
         else:

@@ -123,7 +123,9 @@ def chunked_loss(
         grad and weight.requires_grad,
         grad and bias is not None and bias.requires_grad,
     )
-    result = _ChunkedLoss.apply(hidden, weight, bias, labels, loss, chunk_size, wants)
+    result = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, labels, loss, chunk_size, wants
+    )
     assert isinstance(result, Tensor)
     return result
 

@@ -27,8 +27,8 @@ def construct_partitioned(
 ) -> nn.Module:
     """Build a model whose parameters are cut up as soon as each module exists.
 
-    The type comes from ``config``: on a machine without fp16 support ``zero.Init`` turns an explicit
-    ``dtype=torch.float32`` into bfloat16, and the "fp32" run that follows is none.
+    The type comes from ``config``: on a machine without fp16 support ``zero.Init`` turns an
+    explicit ``dtype=torch.float32`` into bfloat16, and the "fp32" run that follows is none.
 
     Raises:
         ShardError: DeepSpeed chose another type than ``dtype``.
@@ -39,6 +39,7 @@ def construct_partitioned(
 
     with deepspeed.zero.Init(config_dict_or_path=dict(config)):
         model = construct()
+    param: Any
     for name, param in model.named_parameters():
         if param.ds_tensor.dtype != dtype:
             raise ShardError(
@@ -79,7 +80,8 @@ class ZeroEngine:
     @property
     def module(self) -> nn.Module:
         """The wrapped module; its parameters are empty outside forward."""
-        return self._engine.module
+        module: nn.Module = self._engine.module
+        return module
 
     @property
     def skipped_steps(self) -> int:

@@ -32,7 +32,8 @@ class Slice:
     """Where one parameter's slice lies on this rank."""
 
     name: str
-    param: nn.Parameter
+    param: Any
+    """The parameter, with DeepSpeed's attributes (``ds_tensor``, ``ds_numel`` ...)."""
     shape: tuple[int, ...]
     start: int
     length: int
@@ -41,10 +42,11 @@ class Slice:
     @property
     def working(self) -> Tensor:
         """Working copy of the slice in the model's type, ``[length]``."""
-        return self.param.ds_tensor.data.view(-1)[: self.length]
+        whole: Tensor = self.param.ds_tensor.data.view(-1)
+        return whole[: self.length]
 
 
-def locate(name: str, param: nn.Parameter, rank: int, size: int) -> Slice:
+def locate(name: str, param: Any, rank: int, size: int) -> Slice:
     """Return the slice of a partitioned parameter that ``rank`` of ``size`` owns."""
     part = param.ds_tensor.numel()
     numel = int(param.ds_numel)
@@ -110,14 +112,17 @@ class ZeroShards:
         self._slices = slices
         self._size = size
         self._decayed = decayed
-        self._optimizer = engine.optimizer if hasattr(engine.optimizer, "fp16_groups") else None
+        trained = hasattr(engine.optimizer, "fp16_groups")
+        self._optimizer: Any = engine.optimizer if trained else None
         self._grads: dict[str, Tensor] = {}
         self._masters: dict[str, tuple[int, int]] = {}
         self._edited_grads: dict[str, Tensor] = {}
         if self._optimizer is not None:
             self._map_optimizer()
         self.masks: dict[str, SliceMask] = {}
-        for item in slices if plan is not None else []:
+        for item in slices:
+            if plan is None:
+                break
             mask = plan.slice_mask(
                 item.name, item.shape, item.start, item.length, item.working.device
             )
@@ -157,7 +162,7 @@ class ZeroShards:
         if item.name not in self._masters:
             return item.working
         sub_group, start = self._masters[item.name]
-        flat = self._optimizer.fp32_partitioned_groups_flat[sub_group]
+        flat: Tensor = self._optimizer.fp32_partitioned_groups_flat[sub_group]
         return flat.detach().narrow(0, start, item.length)
 
     def gradient(self, item: Slice) -> Tensor | None:
@@ -167,7 +172,7 @@ class ZeroShards:
         if not self.offloaded:
             return self._grads[item.name]
         sub_group, start = self._masters[item.name]
-        grad = self._optimizer.fp32_partitioned_groups_flat[sub_group].grad
+        grad: Tensor = self._optimizer.fp32_partitioned_groups_flat[sub_group].grad
         return grad.narrow(0, start, item.length)
 
     # ---- ShardSet -----------------------------------------------------------------------

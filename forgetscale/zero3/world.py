@@ -59,7 +59,7 @@ def import_deepspeed(log_path: Path) -> None:
     logging.getLogger("py.warnings").propagate = False
     with _stdout_to(stream):
         importlib.import_module("deepspeed")
-        torch_comm = importlib.import_module("deepspeed.comm.torch")
+        torch_comm: Any = importlib.import_module("deepspeed.comm.torch")
     for name in ("DeepSpeed", "deepspeed"):
         for old in logging.getLogger(name).handlers:
             if isinstance(old, logging.StreamHandler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,6 +129,7 @@ class Ssu(Unprotected):
         config = self._config
         found = find_targets(calibration.structure)
         scored = [t for t in found if not t.is_vector or config.vectors == "elementwise"]
+        columns: Mapping[str, Tensor]
         if config.score == "rand":
             columns = {
                 t.name: random_frozen(t.name, t.width, config.frozen_fraction, calibration.seed)
@@ -173,7 +175,8 @@ class Ssu(Unprotected):
         ids = sorted(set(self._config.shield_token_ids))
         if not ids:
             return {}
-        size = int(calibration.structure.get_input_embeddings().weight.shape[0])
+        structure: Any = calibration.structure
+        size = int(structure.get_input_embeddings().weight.shape[0])
         if ids[-1] >= size:
             raise ConfigError(
                 f"method.shield_token_ids holds {ids[-1]}, but the vocabulary has {size} rows."

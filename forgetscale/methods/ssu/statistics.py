@@ -55,9 +55,12 @@ class InputStatistics:
 
     def _sum_of_squares(self, x: Tensor) -> Tensor:
         assert self._weight is not None
-        norms = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim() - 1)), dtype=torch.float32)
+        norms: Tensor = torch.linalg.vector_norm(
+            x, dim=tuple(range(1, x.dim() - 1)), dtype=torch.float32
+        )
         weight = self._weight.to(norms.device, torch.float64)
-        return (norms.double().square() * weight[:, None]).sum(0)
+        total: Tensor = (norms.double().square() * weight[:, None]).sum(0)
+        return total
 
     def close(self) -> None:
         """Remove the hooks and forget the last activation."""
@@ -73,4 +76,5 @@ def flatten(values: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
 
 def unflatten(flat: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """Undo ``flatten``, given name -> length in the same order."""
-    return dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
+    parts = torch.split(flat, list(sizes.values()))
+    return dict(zip(sizes, parts, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -32,7 +33,7 @@ class Target:
         return self.shape[-1]
 
 
-def find_targets(structure: nn.Module) -> list[Target]:
+def find_targets(structure: Any) -> list[Target]:
     """Return the plannable parameters in the model's order.
 
     Embeddings and the output head are found by what they are, not by words in their names.
@@ -66,7 +67,7 @@ def find_targets(structure: nn.Module) -> list[Target]:
     return found
 
 
-def embedding_names(structure: nn.Module) -> list[str]:
+def embedding_names(structure: Any) -> list[str]:
     """Return the names of the embedding and head weights, a tied one once."""
     wanted = [structure.get_input_embeddings().weight, structure.get_output_embeddings().weight]
     ids = {id(param) for param in wanted}
