@@ -15,7 +15,7 @@ generated answer is compared as text, so an unusual cut of the same text counts 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,13 +111,16 @@ class ForcedRecall:
                 gold = prompts.answer_ids(question.messages, answer)
                 self._rows.append(_Forced(number, prompt + gold, len(prompt)))
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row that is scored."""
-        return [len(row.ids) for row in self._rows]
+        self.name = task.name
+        self.input_hash = task.task_hash
+        self.num_items = len(self._rows)
 
     def measure(
-        self, model: LikelihoodModel, collective: Collective, settings: MeasureSettings
+        self,
+        model: LikelihoodModel,
+        collective: Collective,
+        settings: MeasureSettings,
+        on_call: Callable[[], None] = lambda: None,
     ) -> Measured:
         """Score all questions.
 
@@ -127,6 +130,7 @@ class ForcedRecall:
             model: Model to ask.
             collective: The processes that evaluate together.
             settings: Batch size and bootstrap.
+            on_call: Called after each forward call of this rank.
 
         Returns:
             One result (metric ``accuracy``) and one record per question, on all ranks.
@@ -136,13 +140,14 @@ class ForcedRecall:
         """
         local: dict[int, tuple[bool, float]] = {}
         for batch in plan_batches(
-            self.lengths,
+            [len(row.ids) for row in self._rows],
             settings.batch_size,
             rank=collective.rank,
             world_size=collective.world_size,
         ):
             rows = [self._rows[item] for item in batch.items]
             nll, is_argmax = model.score(*pad_right([row.ids for row in rows], self._pad_id))
+            on_call()
             if batch.dummy:
                 continue
             for index, (item, row) in enumerate(zip(batch.items, rows, strict=True)):
@@ -223,14 +228,19 @@ class TokenPerplexity:
     ) -> None:
         self.name = name
         self.rows = rows
-        self.content_hash = content_hash
+        self.input_hash = content_hash
+        self.num_items = len(rows)
         self._tokens_per_byte = tokens_per_byte
         self.task_hash = hash_bytes(
             canonical_json({"content_hash": content_hash, "num_rows": len(rows)})
         )
 
     def measure(
-        self, model: LikelihoodModel, collective: Collective, settings: MeasureSettings
+        self,
+        model: LikelihoodModel,
+        collective: Collective,
+        settings: MeasureSettings,
+        on_call: Callable[[], None] = lambda: None,
     ) -> Measured:
         """Score all rows.
 
@@ -240,6 +250,7 @@ class TokenPerplexity:
             model: Model to ask.
             collective: The processes that evaluate together.
             settings: Batch size and bootstrap.
+            on_call: Called after each forward call of this rank.
 
         Returns:
             Results ``perplexity`` and ``bits_per_byte``, and one record per row with its
@@ -257,6 +268,7 @@ class TokenPerplexity:
         ):
             ids = self.rows[list(batch.items)]
             nll, _ = model.score(ids, torch.ones_like(ids))
+            on_call()
             if not batch.dummy:
                 sums = nll.double().sum(dim=1).tolist()
                 local.update(zip(batch.items, sums, strict=True))

@@ -100,15 +100,14 @@ def generate_answers(
     stop_ids: Sequence[int],
     decoding: Decoding,
     seed: int,
-    on_answers: Callable[[int], None] = lambda count: None,
+    on_call: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
     """Answer all prompts.
 
     Collective: every rank must call it, with the same prompts.
 
-    Batches are made over all prompts before they are dealt to ranks, so the answers are the same
-    for any number of ranks. Greedy answers in fp32 do not depend on the batch size either;
-    sampled ones do, since each batch has its own seed.
+    The answers are the same for any number of ranks. Greedy answers in fp32 do not depend on the
+    batch size either; sampled ones do, since each batch has its own seed.
 
     Args:
         model: Causal language model with no defaults of its own left in ``generation_config``.
@@ -120,7 +119,7 @@ def generate_answers(
         stop_ids: Tokens that end an answer.
         decoding: Greedy or sampling.
         seed: Seed of sampling; unused when greedy.
-        on_answers: Called with the number of answers this rank has just finished.
+        on_call: Called after each batch of this rank.
 
     Returns:
         One answer per prompt, in order, on all ranks.
@@ -129,26 +128,25 @@ def generate_answers(
         DataError: A prompt and its answer do not fit the model's positions.
     """
     _require_fit(model, max(len(row) for row in prompt_rows), max_new_tokens)
+    pad_id = prompts.pad_id
     config = generation_config(
-        decoding, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=prompts.pad_id
+        decoding, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=pad_id
     )
+    lengths = [len(row) for row in prompt_rows]
+    rank, world_size = collective.rank, collective.world_size
     local: dict[int, Answer] = {}
-    for batch in plan_batches(
-        [len(row) for row in prompt_rows],
-        batch_size,
-        rank=collective.rank,
-        world_size=collective.world_size,
-    ):
+    for batch in plan_batches(lengths, batch_size, rank=rank, world_size=world_size):
         if batch.dummy:
+            on_call()
             continue
         rows = [prompt_rows[item] for item in batch.items]
         with torch.random.fork_rng(enabled=decoding.temperature > 0):
             if decoding.temperature > 0:
                 torch.manual_seed(_batch_seed(seed, batch.number))
-            new_ids = _decode(model, rows, prompts.pad_id, config)
+            new_ids = _decode(model, rows, pad_id, config)
         for item, ids in zip(batch.items, new_ids, strict=True):
             local[item] = _cut(ids, set(stop_ids), prompts)
-        on_answers(len(rows))
+        on_call()
     answers = gather_exactly_once(collective, local, range(len(prompt_rows)))
     return [answers[item] for item in range(len(prompt_rows))]
 

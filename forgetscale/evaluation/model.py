@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forgetscale.artifact import canonical_json, hash_bytes, hash_file
 from forgetscale.errors import DataError
+from forgetscale.evaluation.answers import GeneratedAnswers
 from forgetscale.evaluation.bootstrap import NUM_RESAMPLES
 from forgetscale.evaluation.collective import Collective, SingleProcess, publish_on_rank_zero
 from forgetscale.evaluation.forced import (
@@ -19,14 +22,13 @@ from forgetscale.evaluation.forced import (
     Measured,
     MeasureSettings,
     TokenPerplexity,
-    share_result,
 )
-from forgetscale.evaluation.generate import Decoding, generate_answers, plain_generation_config
+from forgetscale.evaluation.generate import Decoding, plain_generation_config
 from forgetscale.evaluation.likelihood import HuggingFaceLikelihood
 from forgetscale.evaluation.loading import load_tasks
+from forgetscale.evaluation.plan import num_calls
 from forgetscale.evaluation.prompts import ChatPrompts
 from forgetscale.evaluation.results import Result, SampleRecord, write_results
-from forgetscale.evaluation.scoring import METRICS, counts
 from forgetscale.evaluation.tasks import ChatTask, check_task_names
 from forgetscale.progress import Progress
 
@@ -143,19 +145,37 @@ class ModelEvaluator:
         self._max_new_tokens = max_new_tokens
         self._options = options or EvaluationOptions()
         self._likelihood = HuggingFaceLikelihood(loaded.model)
-        self._tasks = load_tasks(
-            tasks, task_dir, tokenizer=loaded.tokenizer, max_rows=self._options.max_rows
+        self._prompts: ChatPrompts | None = None
+        self._tasks = [
+            self._prepare(task)
+            for task in load_tasks(
+                tasks, task_dir, tokenizer=loaded.tokenizer, max_rows=self._options.max_rows
+            )
+        ]
+
+    def _prepare(
+        self, task: ChatTask | TokenPerplexity
+    ) -> TokenPerplexity | ForcedRecall | GeneratedAnswers:
+        if isinstance(task, TokenPerplexity):
+            return task
+        prompts = self._prompts = self._prompts or ChatPrompts(self._loaded.tokenizer)
+        if task.kind == "exact" and not self._options.generate_exact:
+            return ForcedRecall(task, prompts)
+        limit = self._max_new_tokens
+        return GeneratedAnswers(
+            task,
+            prompts,
+            stop_ids=sorted({*prompts.stop_ids(), *self._loaded.stop_ids}),
+            max_new_tokens=limit
+            if isinstance(limit, int)
+            else limit.get(task.name, DEFAULT_NEW_TOKENS),
+            decoding=self._options.decoding,
         )
-        has_chat = any(isinstance(task, ChatTask) for task in self._tasks)
-        self._prompts = ChatPrompts(loaded.tokenizer) if has_chat else None
 
     @property
     def input_hashes(self) -> dict[str, str]:
         """Task name -> SHA-256 of its content; of a token set, whatever rows of it are used."""
-        return {
-            task.name: task.task_hash if isinstance(task, ChatTask) else task.content_hash
-            for task in self._tasks
-        }
+        return {task.name: task.input_hash for task in self._tasks}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -188,71 +208,28 @@ class ModelEvaluator:
         """
         results: list[Result] = []
         samples: list[SampleRecord] = []
-        visible = collective.rank == 0
+        total = sum(
+            num_calls(task.num_items, settings.batch_size, collective.world_size)
+            for task in self._tasks
+        )
+        done = itertools.count(1)
         with Progress(
-            len(self._tasks), "evaluate", unit="task", log_path=log_path, visible=visible
+            total, "evaluate", unit="batch", log_path=log_path, visible=collective.rank == 0
         ) as progress:
-            for number, task in enumerate(self._tasks, start=1):
-                measured = self._measure(task, collective, settings)
+
+            def advance(name: str) -> None:
+                progress.update(next(done), name)
+
+            for task in self._tasks:
+                measured = task.measure(
+                    self._loaded.model if isinstance(task, GeneratedAnswers) else self._likelihood,
+                    collective,
+                    settings,
+                    functools.partial(advance, task.name),
+                )
                 results += measured[0]
                 samples += measured[1]
-                progress.update(number, task.name)
         return results, samples
-
-    def _measure(
-        self,
-        task: ChatTask | TokenPerplexity,
-        collective: Collective,
-        settings: MeasureSettings,
-    ) -> Measured:
-        if isinstance(task, TokenPerplexity):
-            return task.measure(self._likelihood, collective, settings)
-        assert self._prompts is not None
-        if task.kind == "exact" and not self._options.generate_exact:
-            recall = ForcedRecall(task, self._prompts)
-            return recall.measure(self._likelihood, collective, settings)
-        return self._generate(task, self._prompts, collective, settings)
-
-    def _generate(
-        self,
-        task: ChatTask,
-        prompts: ChatPrompts,
-        collective: Collective,
-        settings: MeasureSettings,
-    ) -> Measured:
-        limit = self._max_new_tokens
-        answers = generate_answers(
-            self._loaded.model,
-            prompts,
-            [prompts.prompt_ids(question.messages) for question in task.questions],
-            collective=collective,
-            batch_size=settings.batch_size,
-            max_new_tokens=limit
-            if isinstance(limit, int)
-            else limit.get(task.name, DEFAULT_NEW_TOKENS),
-            stop_ids=sorted({*prompts.stop_ids(), *self._loaded.stop_ids}),
-            decoding=self._options.decoding,
-            seed=settings.seed,
-        )
-        counted = [
-            counts(task, question, answer.text, stopped=answer.stopped)
-            for question, answer in zip(task.questions, answers, strict=True)
-        ]
-        metric, higher_is_better, _ = METRICS[task.kind]
-        samples = [
-            SampleRecord(
-                task.name,
-                question.id,
-                float(value),
-                1.0,
-                question.messages[-1]["content"],
-                answer.text,
-                "\n".join(question.answers),
-                "stop" if answer.stopped else "length",
-            )
-            for question, answer, value in zip(task.questions, answers, counted, strict=True)
-        ]
-        return [share_result(task, metric, higher_is_better, counted, settings)], samples
 
 
 def evaluate_model(
@@ -283,7 +260,7 @@ def evaluate_model(
         batch_size: Samples in a forward call, or prompts decoded together, >= 1.
         max_new_tokens: Longest answer in tokens, for all tasks or by task name (others: 64).
         seed: Seed of bootstrap and sampling.
-        options: Precision, device, decoding and how much is measured; None for the defaults.
+        options: Precision, device, decoding and how much is measured.
         recipe: Resolved recipe to record.
         replace: Swap an existing result folder.
         log_path: Text file for plain progress lines.
@@ -305,18 +282,12 @@ def evaluate_model(
     )
     settings = MeasureSettings(batch_size, seed, options.num_resamples)
     results, samples = evaluator.evaluate(collective, settings, log_path=log_path)
-    recorded = {"model": Path(model_dir).name, "batch_size": batch_size, "seed": seed}
-    recorded |= evaluator.settings
+    write = functools.partial(write_results, output_dir, results, samples, recipe=recipe)
 
     def publish() -> None:
+        recorded = {"model": Path(model_dir).name, "batch_size": batch_size, "seed": seed}
         inputs = {**evaluator.input_hashes, "model": hash_model(model_dir)}
-        made: dict[str, Any] = {
-            "settings": recorded,
-            "inputs": inputs,
-            "recipe": recipe,
-            "replace": replace,
-        }
-        write_results(output_dir, results, samples, **made)
+        write(settings=recorded | evaluator.settings, inputs=inputs, replace=replace)
 
     publish_on_rank_zero(collective, publish)
     return results

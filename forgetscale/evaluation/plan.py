@@ -61,14 +61,20 @@ def plan_batches(
     batches = [
         tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size)
     ]
-    num_calls = -(-len(batches) // world_size)
-    numbers = range(rank, num_calls * world_size, world_size)
+    calls = num_calls(len(lengths), batch_size, world_size)
+    numbers = range(rank, calls * world_size, world_size)
     return [
         PlannedBatch(batches[number], dummy=False, number=number)
         if number < len(batches)
         else PlannedBatch(batches[-1], dummy=True, number=number)
         for number in numbers
     ]
+
+
+def num_calls(num_items: int, batch_size: int, world_size: int) -> int:
+    """Return the calls every rank makes for ``num_items`` samples."""
+    num_batches = -(-num_items // batch_size)
+    return -(-num_batches // world_size)
 
 
 def gather_exactly_once(
