@@ -315,15 +315,18 @@ def _mean_changes(data: Mapping[str, Any]) -> dict[tuple[str, str], float]:
 def _runs_table(data: Mapping[str, Any]) -> str:
     styles = method_styles([run["method"] for run in data["runs"]])
     head = ["run", "method", "seed", "target perplexity", "recall", "matched points, recall"]
-    head += ["source tasks", "step time", "settings"]
+    head += ["source tasks", "step time"]
     rows = []
     for run in data["runs"]:
         points = " · ".join(number(point["recall"]) for point in run["matched_points"]) or "–"
-        settings = ", ".join(f"{key} {value}" for key, value in run["settings"].items())
-        notes = f"<small>{escape('; '.join(run['notes']))}</small>" if run["notes"] else ""
+        settings = ", ".join(
+            f"{key.removesuffix('.path').rpartition('.')[2]} {value}"
+            for key, value in run["settings"].items()
+        )
+        details = "".join(f"<small>{escape(line)}</small>" for line in (settings, *run["notes"]))
         rows.append(
             [
-                escape(run["folder"]) + notes,
+                escape(run["folder"]) + details,
                 _method_cell(run["method"], styles),
                 str(run["seed"]),
                 _change(run["target"]),
@@ -331,7 +334,6 @@ def _runs_table(data: Mapping[str, Any]) -> str:
                 points,
                 signed_percent(run["relative_degradation"]["average"]),
                 "–" if run["step_seconds"] is None else f"{run['step_seconds']:.3g} s",
-                f"<small>{escape(settings)}</small>",
             ]
         )
     return f"<section><h2>Runs</h2>{_table(head, rows, left=2)}</section>"

@@ -45,7 +45,7 @@ section.key table { font-size: 15px; }
 .made td { font-size: 12.5px; overflow-wrap: anywhere; }
 .made td:first-child { white-space: nowrap; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; }
-td:has(.dot) { white-space: nowrap; }
+td:has(.dot), td.num { white-space: nowrap; }
 p.note { max-width: none; color: var(--muted); font-size: 12.5px; margin: 8px 0 0; }
 .yes { color: #00664c; font-weight: 600; }
 .no { color: #a84300; font-weight: 600; }
