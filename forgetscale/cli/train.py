@@ -77,7 +77,9 @@ def full_evaluation(
     """
     assert config.task_dir is not None
     collective = ProcessGroupCollective()
-    known = collective.rank == 0 and results_match(output, model, config.tasks, config.task_dir)
+    known = collective.rank == 0 and results_match(
+        output, model, config.tasks, config.task_dir, config.max_new_tokens
+    )
     if collective.gather_objects(known)[0]:
         log(f"evaluation in {output} is up to date")
         return

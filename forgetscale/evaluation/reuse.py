@@ -26,10 +26,14 @@ def results_match(output_dir: Path, model_dir: Path, tasks: Sequence[str], task_
         model_dir: Model folder.
         tasks: Task names.
         task_dir: Folder of tasks.
+        max_new_tokens: Longest answer.
     """
     try:
-        inputs = dict(read_manifest(output_dir, RESULT_KIND)["inputs"])
+        manifest = read_manifest(output_dir, RESULT_KIND)
     except DataError:
+        return False
+    inputs = dict(manifest["inputs"])
+    if manifest["payload"]["settings"]["max_new_tokens"] != max_new_tokens:
         return False
     expected = {
         name: TokenSet(task_dir / name).content_hash
