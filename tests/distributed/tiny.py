@@ -52,13 +52,17 @@ def make_model(directory: Path, *, dtype=torch.float32, tied: bool = False, seed
     return directory
 
 
+def set_rows(*, rows: int = 40, seed: int = 1) -> np.ndarray:
+    """Return skewed random tokens, ``[rows, BLOCK_SIZE]``."""
+    generator = np.random.default_rng(seed)
+    return np.minimum(generator.geometric(0.06, (rows, BLOCK_SIZE)) + 2, VOCAB_SIZE - 1)
+
+
 def make_set(directory: Path, model: Path, *, rows: int = 40, seed: int = 1) -> Path:
     """Write a token set of skewed random tokens."""
-    generator = np.random.default_rng(seed)
-    ids = np.minimum(generator.geometric(0.06, (rows, BLOCK_SIZE)) + 2, VOCAB_SIZE - 1)
     write_token_set(
         directory,
-        ids,
+        set_rows(rows=rows, seed=seed),
         vocab_size=VOCAB_SIZE,
         tokenizer_sha256=tokenizer_hash(model),
         num_text_bytes=rows * BLOCK_SIZE * 3,
@@ -71,7 +75,8 @@ def base_recipe(folder: Path, name: str, **method: object) -> dict:
     method = method or {"kind": "sft"}
     if method["kind"] == "ssu" and method.get("score", "paper") in ("paper", "official"):
         method.setdefault(
-            "calibration", {"path": str(folder / "calibration"), "num_blocks": 7, "micro_batch_size": 2}
+            "calibration",
+            {"path": str(folder / "calibration"), "num_blocks": 7, "micro_batch_size": 2},
         )
     return {
         "run": {"name": name, "output_dir": str(folder / name), "seed": 3},
@@ -104,7 +109,9 @@ def make_world(folder: Path, **model: object) -> Path:
     make_set(folder / "calibration", folder / "model", rows=19, seed=2)
     text = (ROOT / "ds_configs" / "zero3.json").read_text(encoding="utf-8")
     # Mixed: norms stay gathered (persistent), matrices do not.
-    text = text.replace('"stage3_param_persistence_threshold": 100000', '"stage3_param_persistence_threshold": 100')
+    text = text.replace(
+        '"stage3_param_persistence_threshold": 100000', '"stage3_param_persistence_threshold": 100'
+    )
     (folder / "zero3.json").write_text(text, encoding="utf-8")
     text = (ROOT / "ds_configs" / "zero3_offload.json").read_text(encoding="utf-8")
     (folder / "zero3_offload.json").write_text(text, encoding="utf-8")

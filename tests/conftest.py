@@ -1,0 +1,34 @@
+"""Checks of tensor shapes in the pure packages, and the server that runs ranks."""
+
+from __future__ import annotations
+
+import os
+
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before anything imports them: every call of a pure function checks shapes and types.
+install_import_hook(["forgetscale.ops", "forgetscale.masks"], "beartype.beartype")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from tests.distributed.harness import RankServer  # noqa: E402
+from tests.distributed.runs import Runs  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory):
+    """Run jobs on real processes."""
+    server = RankServer(tmp_path_factory.mktemp("ranks"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def runs(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Finished runs of the tiny world."""
+    return Runs(ranks, tmp_path_factory.mktemp("worlds"))

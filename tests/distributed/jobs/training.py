@@ -1,0 +1,78 @@
+"""Jobs that train a recipe the way the command does, and look inside."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import yaml
+
+import forgetscale.cli.train as train_command
+import forgetscale.engine.loop as loop
+import forgetscale.engine.run as run
+
+
+def write(recipe: dict, overrides: dict | None = None) -> Path:
+    """Write a recipe where all ranks find it."""
+    import torch.distributed as dist
+
+    path = Path(recipe["run"]["output_dir"] + ".yaml")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    if dist.is_initialized():
+        dist.barrier()
+    return path
+
+
+def command(recipe: dict) -> None:
+    """Run ``forgetscale train`` on a recipe."""
+    train_command.run(argparse.Namespace(config=write(recipe), set=[]))
+
+
+def train(recipe: dict, probe: list[list[int]] | None = None) -> dict[str, Any]:
+    """Train, and return rows of each step, fp32 masters, working copies and live logits.
+
+    Args:
+        recipe: The recipe.
+        probe: Token ids whose logits the live engine computes after the last step.
+    """
+    found: dict[str, Any] = {"rows": []}
+    original_export, original_step = run.export_run, loop.train_step
+    original_next = run.open_stream
+
+    def open_stream(*args: Any, **kwargs: Any) -> Any:
+        stream = original_next(*args, **kwargs)
+
+        class Recorded:
+            def __next__(self) -> Any:
+                batch = next(stream)
+                found["rows"].append(batch.row_ids.tolist())
+                return batch
+
+        return Recorded()
+
+    def export_run(
+        recipe: Any, world: Any, source: Any, plan: Any, engine: Any, *rest: Any
+    ) -> None:
+        shards = engine.shards
+        names = [item.name for item in shards.slices]
+        found["masters"] = shards.gather(names)
+        found["trained"] = [item.name for item in shards.slices if item.param.requires_grad]
+        found["working"] = {item.name: engine.gather_working(item, 0) for item in shards.slices}
+        if probe is not None:
+            engine.set_training(False)
+            with torch.no_grad():
+                found["logits"] = engine(torch.tensor(probe), mode="logits").float()
+        found["skipped"] = engine.skipped_steps
+        original_export(recipe, world, source, plan, engine, *rest)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(run, "open_stream", open_stream))
+        stack.enter_context(mock.patch.object(run, "export_run", export_run))
+        command(recipe)
+    assert original_step is loop.train_step
+    return found
