@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers.utils import logging as transformers_logging
+
 from forgetscale.config import Recipe, load_recipe
 from forgetscale.config.deepspeed import read_deepspeed
 from forgetscale.engine import RunLog
 from forgetscale.engine.metrics import LOG_FILE
-from forgetscale.zero3 import World, launcher_rank, start_world, stop_world
+from forgetscale.zero3 import World, launcher_rank, lost_peer, start_world, stop_world
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,13 @@ def running_world(directory: Path) -> Iterator[tuple[World, RunLog]]:
     """Join the process group for the length of a command; logs go below ``directory``."""
     path = log_path(directory)
     world = start_world(path)
+    transformers_logging.disable_progress_bar()
     try:
         yield world, RunLog(path, world.is_main)
+    except RuntimeError as error:
+        sentence = lost_peer(error)
+        if sentence is None:
+            raise
+        raise sentence from error
     finally:
         stop_world()

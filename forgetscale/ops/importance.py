@@ -65,7 +65,7 @@ def column_scores(
         weight: Weight of a linear layer, ``[out_features, in_features]``.
         input_norm: One value per input feature over all calibration tokens ``t``. For ``paper``
             the norm ``||X_j||_2 = sqrt(sum_t x_tj^2)``; for ``official`` the mean square
-            ``mean_t x_tj^2`` (no root). Ignored by nothing: pass None for ``mag_l1``, ``mag_l2``.
+            ``mean_t x_tj^2`` (no root). Not used by ``mag_l1`` and ``mag_l2``; None will do.
         rule: ``paper``: ``||W[:, j]||_1 * ||X_j||_2``; ``official``:
             ``||W[:, j]||_2 * mean(x_j^2)``; ``mag_l1`` and ``mag_l2``: the weight norm alone.
 

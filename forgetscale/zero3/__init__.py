@@ -11,6 +11,7 @@ from forgetscale.zero3.world import (
     World,
     launcher_rank,
     launcher_world_size,
+    lost_peer,
     start_world,
     stop_world,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "construct_partitioned",
     "launcher_rank",
     "launcher_world_size",
+    "lost_peer",
     "start_world",
     "stop_world",
 ]

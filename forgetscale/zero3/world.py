@@ -7,6 +7,7 @@ import datetime
 import importlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -159,6 +160,27 @@ def start_world(log_path: Path) -> World:
         world_size=size,
     )
     return World(rank, size, local_rank, device)
+
+
+_LOST_PEER = re.compile(
+    r"connection (closed|reset) by peer|broken pipe|timed out waiting|socket timeout"
+    r"|remote process exited|watchdog caught collective",
+    re.IGNORECASE,
+)
+
+
+def lost_peer(error: BaseException) -> ShardError | None:
+    """Return one sentence if a collective failed because another rank is gone, else None.
+
+    Args:
+        error: What the collective raised; the backends tell the case by their text alone.
+    """
+    if not isinstance(error, RuntimeError) or not _LOST_PEER.search(str(error)):
+        return None
+    return ShardError(
+        f"rank {launcher_rank()} lost contact with another rank, which ended or hangs; all ranks"
+        " stop; see the logs for the first error, then start the same command again to resume."
+    )
 
 
 def stop_world() -> None:
