@@ -72,8 +72,8 @@ class SliceMask:
     start: int
     length: int
     width: int
-    columns: Int64[Tensor, " frozen"] | None = None
-    rows: Int64[Tensor, " frozen"] | None = None
+    columns: Int64[Tensor, " frozen_columns"] | None = None
+    rows: Int64[Tensor, " frozen_rows"] | None = None
     _keep: dict[torch.dtype, Tensor] | None = None
 
     @classmethod
@@ -142,7 +142,7 @@ class SliceMask:
         if self.columns is None:
             param.mul_(1.0 - decay)
         else:
-            factor = torch.full_like(param[:1], 1.0 - decay).expand(self.width).contiguous()
+            factor = param.new_full((self.width,), 1.0 - decay)
             factor[self.columns] = 1.0
             for piece, part in self._pieces(param, factor):
                 piece.mul_(part)

@@ -1,0 +1,168 @@
+"""Chunked loss against plain cross-entropy: values, gradients, and the memory it may take."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from forgetscale.ops import IGNORE_INDEX
+from forgetscale.ops.losses import chunked_loss, cross_entropy, token_scores
+
+N, D, V = 37, 12, 53
+
+
+def case(dtype: torch.dtype, seed: int = 0, bias: bool = False) -> dict[str, Tensor | None]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[torch.rand(N, generator=generator) < 0.3] = IGNORE_INDEX
+    return {
+        "hidden": torch.randn(N, D, generator=generator).to(dtype).requires_grad_(),
+        "weight": torch.randn(V, D, generator=generator).to(dtype).requires_grad_(),
+        "bias": torch.randn(V, generator=generator).to(dtype).requires_grad_() if bias else None,
+        "labels": labels,
+    }
+
+
+def plain(c: dict, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Return loss and gradients of undivided code in ``dtype``, logits in fp32 or wider."""
+    inputs = [c[k].detach().to(dtype).requires_grad_() for k in ("hidden", "weight")]
+    if c["bias"] is not None:
+        inputs.append(c["bias"].detach().to(dtype).requires_grad_())
+    logits = torch.nn.functional.linear(*inputs)
+    wide = logits if dtype == torch.float64 else logits.float()
+    loss = torch.nn.functional.cross_entropy(
+        wide, c["labels"], ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    return loss.detach(), list(torch.autograd.grad(loss, inputs))
+
+
+def ours(c: dict, chunk_size: int) -> tuple[Tensor, list[Tensor]]:
+    inputs = [c["hidden"], c["weight"]] + ([c["bias"]] if c["bias"] is not None else [])
+    loss = chunked_loss(
+        c["hidden"], c["weight"], c["labels"], cross_entropy, bias=c["bias"], chunk_size=chunk_size
+    )
+    return loss.detach(), list(torch.autograd.grad(loss, inputs))
+
+
+def error(found: list[Tensor], exact: list[Tensor]) -> float:
+    return math.sqrt(
+        sum(float((a.double() - b).square().sum()) for a, b in zip(found, exact, strict=True))
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 36, 37, 1000])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_is_at_most_twice_that_of_plain_code(dtype, bias: bool, chunk_size: int):
+    c = case(dtype, bias=bias)
+    exact_loss, exact = plain(c, torch.float64)
+    plain_loss, theirs = plain(c, dtype)
+    loss, found = ours(c, chunk_size)
+    assert loss.dtype == torch.float32
+    for mine, reference, other in zip(found, exact, theirs, strict=True):
+        assert mine.dtype == dtype
+        # The floor is one rounding of the result itself, which plain code may escape by luck.
+        floor = torch.finfo(dtype).eps * float(reference.norm())
+        assert error([mine], [reference]) <= 2 * error([other], [reference]) + floor
+    floor = 1e-6 * float(exact_loss)
+    assert abs(loss - exact_loss) <= 2 * abs(plain_loss - exact_loss) + floor
+
+
+def test_value_scale_and_gradient_scale():
+    c = case(torch.float32)
+    _, expected = ours(c, 7)
+    loss = chunked_loss(c["hidden"], c["weight"], c["labels"], cross_entropy, chunk_size=7)
+    found = torch.autograd.grad(loss * 0.25, [c["hidden"], c["weight"]])
+    for mine, full in zip(found, expected, strict=True):
+        assert torch.allclose(mine, full * 0.25, rtol=1e-6)
+
+
+def test_gradcheck_by_differences():
+    c = case(torch.float32, seed=4)
+    _, (grad, _) = ours(c, 8)
+    direction = torch.randn(N, D, generator=torch.Generator().manual_seed(1))
+    step = 1e-2
+    values = [
+        chunked_loss(c["hidden"] + s * direction, c["weight"], c["labels"], cross_entropy).item()
+        for s in (step, -step)
+    ]
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(
+        float((grad * direction).sum()), rel=2e-3
+    )
+
+
+def test_no_target_gives_zero_with_a_gradient():
+    c = case(torch.float32)
+    c["labels"] = torch.full((N,), IGNORE_INDEX)
+    loss, grads = ours(c, 10)
+    assert loss == 0
+    assert all(float(grad.abs().max()) == 0 for grad in grads)
+
+
+def test_labels_to_ignore_do_not_count():
+    c = case(torch.float32)
+    keep = c["labels"] != IGNORE_INDEX
+    some = {**c, "hidden": c["hidden"][keep].detach(), "labels": c["labels"][keep]}
+    expected, _ = plain(some, torch.float64)
+    assert ours(c, 9)[0] == pytest.approx(float(expected), rel=1e-6)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remember the largest result of any operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, Tensor):
+                self.numel = max(self.numel, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_whole_logits_never_exist(grad: bool):
+    positions, vocab, chunk = 256, 499, 16
+    hidden = torch.randn(positions, 8, requires_grad=grad)
+    weight = torch.randn(vocab, 8, requires_grad=grad)
+    labels = torch.randint(0, vocab, (positions,))
+    with LargestTensor() as largest:
+        loss = chunked_loss(hidden, weight, labels, cross_entropy, chunk_size=chunk)
+        if grad:
+            loss.backward()
+        token_scores(hidden.detach(), weight.detach(), labels, chunk_size=chunk)
+    assert 0 < largest.numel <= max(chunk * vocab, weight.numel(), hidden.numel())
+    assert largest.numel < positions * vocab / 8
+
+
+def test_only_asked_gradients_are_made():
+    c = case(torch.float32)
+    weight = c["weight"].detach()
+    loss = chunked_loss(c["hidden"], weight, c["labels"], cross_entropy, chunk_size=7)
+    loss.backward()
+    assert weight.grad is None
+    _, (expected, _) = ours(c, 7)
+    assert torch.equal(c["hidden"].grad, expected)
+
+
+def test_chunk_size_must_be_positive():
+    c = case(torch.float32)
+    with pytest.raises(ValueError, match="chunk_size must be > 0, got 0"):
+        chunked_loss(c["hidden"], c["weight"], c["labels"], cross_entropy, chunk_size=0)
+
+
+def test_token_scores():
+    c = case(torch.float32, bias=True)
+    labels = c["labels"].clamp_min(0)
+    logits = torch.nn.functional.linear(*[c[k].double() for k in ("hidden", "weight", "bias")])
+    nll, best = token_scores(c["hidden"], c["weight"], labels, bias=c["bias"], chunk_size=10)
+    expected = -logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    assert torch.allclose(nll.double(), expected, atol=1e-5)
+    assert torch.equal(best, logits.argmax(1) == labels)
+    assert not nll.requires_grad
