@@ -54,7 +54,7 @@ class Progress:
     ) -> None:
         self._total = total
         self._label = label
-        self._unit = unit
+        self._units = unit + ("es" if unit.endswith(("s", "ch")) else "s")
         self._first = done
         self._done = done
         self._log_path = log_path
@@ -100,7 +100,7 @@ class Progress:
         rate = (self._done - self._first) / elapsed
         left = _clock((self._total - self._done) / rate) if rate > 0 else "?"
         return (
-            f"{self._label} {self._done}/{self._total} {self._unit}s, {rate:.3g} {self._unit}s/s,"
+            f"{self._label} {self._done}/{self._total} {self._units}, {rate:.3g} {self._units}/s,"
             f" {left} left" + (f", {note}" if note else "")
         )
 

@@ -46,7 +46,7 @@ def running_world(directory: Path) -> Iterator[tuple[World, RunLog]]:
     """Join the process group for the length of a command; logs go below ``directory``."""
     path = log_path(directory)
     world = start_world(path)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield world, RunLog(path, world.is_main)
     except RuntimeError as error:

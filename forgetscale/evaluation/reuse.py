@@ -18,8 +18,12 @@ def is_live_task(name: str, task_dir: Path) -> bool:
     return is_perplexity(name) or load_chat_task(task_dir, name).kind == "exact"
 
 
-def results_match(output_dir: Path, model_dir: Path, tasks: Sequence[str], task_dir: Path) -> bool:
+def results_match(
+    output_dir: Path, model_dir: Path, tasks: Sequence[str], task_dir: Path, max_new_tokens: int
+) -> bool:
     """Return whether ``output_dir`` holds the results of these tasks on this model.
+
+    Batch size and number of ranks do not change results and are not compared.
 
     Args:
         output_dir: Result folder; it need not exist.
