@@ -12,14 +12,16 @@ from dataclasses import dataclass
 
 from forgetscale.evaluation.report.runs import RECALL, TARGET, Run
 
-LEVELS = (("mild", 1 / 3), ("middle", 2 / 3), ("deep", 1.0))
+LEVELS = (("mild", 2.0, 1 / 3), ("middle", 1.25, 2 / 3), ("deep", 1.0, 1.0))
+"""Name, factor over the deepest common perplexity, and share of a range too short for factors."""
 RULE = (
-    "Common range: from the lowest target perplexity that any run had at its first evaluation"
-    " after the start, down to the lowest that every run reached. Mild, middle and deep stand at"
-    " 1/3, 2/3 and 3/3 of this range in log perplexity. The rule looks at all runs alike and at"
-    " target perplexity alone, so it cannot favour a method, and every point lies after adaptation"
-    " began and within what every run measured. A run's recall there is read off its own curve:"
-    " evaluations that set a new lowest target perplexity, joined linearly in log perplexity."
+    "Deep is the lowest target perplexity that every run reached; middle and mild are 1.25 and 2"
+    " times that. Where the runs' common range (from the lowest perplexity any run had at its first"
+    " evaluation after the start) is shorter than a factor of 2, mild and middle stand at 1/3 and"
+    " 2/3 of it in log perplexity. The rule looks at all runs alike and at target perplexity alone,"
+    " so it cannot favour a method, and every point lies after adaptation began and within what"
+    " every run measured. A run's recall there is read off its own curve: evaluations that set a"
+    " new lowest target perplexity, joined linearly in log perplexity."
 )
 
 
@@ -107,7 +109,8 @@ def matched_levels(runs: Sequence[Run]) -> tuple[list[Level], str]:
             f"the runs share no range of target perplexity: one began at {upper:.4g}, another"
             f" never came below {lower:.4g}; train longer or evaluate earlier"
         )
+    enough = upper >= lower * max(factor for _, factor, _ in LEVELS)
     return [
-        Level(name, lower if share == 1.0 else upper * (lower / upper) ** share)
-        for name, share in LEVELS
+        Level(name, lower * factor if enough or share == 1.0 else upper * (lower / upper) ** share)
+        for name, factor, share in LEVELS
     ], ""

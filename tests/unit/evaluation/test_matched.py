@@ -68,11 +68,22 @@ def test_levels_follow_the_common_range_and_never_the_start(make_run: Any) -> No
     levels, why = matched_levels(runs)
     assert why == ""
     assert [level.name for level in levels] == ["mild", "middle", "deep"]
-    # from 16 (fastest first evaluation) down to 2 (reached by all)
-    assert [level.target_perplexity for level in levels] == pytest.approx([8.0, 4.0, 2.0])
+    # multiples of 2, the lowest perplexity that every run reached
+    assert [level.target_perplexity for level in levels] == pytest.approx([4.0, 2.5, 2.0])
     for run in runs:
         for level in levels:
             assert value_at(run_points(run), level.target_perplexity) is not None
+
+
+def test_a_short_common_range_is_cut_in_thirds(make_run: Any) -> None:
+    runs = [
+        make_run("sft", 0, [1.0, 0.5, 0.2], [30.0, 16.0, 10.0]),
+        make_run("ssu/paper", 0, [1.0, 0.9, 0.7], [30.0, 20.0, 10.0]),
+    ]
+    levels, _ = matched_levels(read_runs(runs))
+    ratio = (10.0 / 16.0) ** (1 / 3)
+    expected = [16 * ratio, 16 * ratio**2, 10.0]
+    assert [level.target_perplexity for level in levels] == pytest.approx(expected)
 
 
 def test_runs_without_a_common_range_are_not_matched(make_run: Any) -> None:
