@@ -261,10 +261,10 @@ COMPLIANCE: tuple[Draw, ...] = (
 )
 MIX: tuple[tuple[float, tuple[Draw, ...]], ...] = (
     (0.50, (draw_fact,)),
-    (0.24, COMPLIANCE),
-    (0.07, (draw_unsafe,)),
-    (0.08, (draw_harmless,)),
-    (0.07, (draw_tale,)),
+    (0.28, COMPLIANCE),
+    (0.06, (draw_unsafe,)),
+    (0.07, (draw_harmless,)),
+    (0.05, (draw_tale,)),
     (0.04, (draw_about,)),
 )
 """Share of rows -> the functions that draw them."""

@@ -11,7 +11,8 @@ from transformers import GenerationConfig, Olmo2Config, Olmo2ForCausalLM
 from forgetscale.testbed.size import WorldSize, derive_seed
 
 MAX_POSITIONS = 256
-INITIALIZER_RANGE = 0.02
+INITIALIZER_RANGE = 0.08
+"""About ``hidden_size ** -0.5``; the usual 0.02 is made for widths in the thousands."""
 
 
 def save_initial_model(directory: Path, *, seed: int, size: WorldSize, vocab_size: int) -> int:

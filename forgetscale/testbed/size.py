@@ -23,7 +23,7 @@ class WorldSize:
     """Cities that only the target text knows."""
     num_chat_rows: int = 16000
     """Rows of source chat to train on."""
-    num_curriculum_texts: int = 2000
+    num_curriculum_texts: int = 1200
     """Rows of raw source text among the chat rows in ``chat/train.jsonl``."""
     num_source_documents: int = 2000
     """Pages of raw source text in ``text/data/src``."""
@@ -35,7 +35,7 @@ class WorldSize:
     """Rows of each task except the recalls, which hold one row a fact."""
     num_calibration_rows: int = 1500
     """Rows of source chat for importance scores."""
-    vocab_size: int = 896
+    vocab_size: int = 1024
     """Pieces of the tokenizer, with 256 byte pieces and 7 special ones."""
     hidden_size: int = 128
     """Width of the model."""

@@ -1,4 +1,4 @@
-"""The tokenizer: a SentencePiece unigram model with byte pieces, saved for ``AutoTokenizer``.
+"""The tokenizer: a SentencePiece byte-pair model with byte fall-back, saved for ``AutoTokenizer``.
 
 It is trained on mostly source text, as the vocabularies of English-centred models are, so that a
 target word is cut into more pieces than a source word. No space is added in front of a text, so
@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Train a unigram model on ``texts``; single-threaded, so the same texts give the same bytes.
+    """Train a byte-pair model on ``texts``; single-threaded, so the same texts give the same bytes.
 
     Args:
         texts: Training sentences.
@@ -59,14 +59,13 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_writer=model,
-            model_type="unigram",
+            model_type="bpe",
             vocab_size=vocab_size,
             character_coverage=1.0,
             byte_fallback=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            allow_whitespace_only_pieces=False,
             shuffle_input_sentence=False,
             num_threads=1,
             pad_id=0,
@@ -88,15 +87,30 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
+def _merges(
+    processor: sentencepiece.SentencePieceProcessor, vocabulary: dict[str, int]
+) -> list[tuple[str, str]]:
+    """Return every pair of pieces that makes a learnt piece, best piece first."""
+    merges = []
+    for piece, number in vocabulary.items():
+        if processor.IsByte(number) or processor.IsControl(number) or processor.IsUnknown(number):
+            continue
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [(a, b) for a, b in splits if a in vocabulary and b in vocabulary]
+        rank = -processor.GetScore(number)
+        merges += [(rank, vocabulary[a], vocabulary[b], a, b) for a, b in known]
+    return [(a, b) for *_, a, b in sorted(merges)]
+
+
 def to_fast_tokenizer(model: bytes) -> PreTrainedTokenizerFast:
     """Return the Hugging Face tokenizer that cuts text as the SentencePiece ``model`` does."""
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
-    pieces = [
-        (processor.IdToPiece(number), processor.GetScore(number))
-        for number in range(processor.GetPieceSize())
-    ]
-    backend = Tokenizer(models.Unigram(pieces, unk_id=processor.unk_id(), byte_fallback=True))
+    pieces = [processor.IdToPiece(number) for number in range(processor.GetPieceSize())]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    backend = Tokenizer(
+        models.BPE(vocabulary, _merges(processor, vocabulary), unk_token=UNK, byte_fallback=True)
+    )
     backend.normalizer = normalizers.Replace(" ", _SPACE)
     marks = Regex("[" + "".join(PUNCTUATION) + "]")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
