@@ -52,7 +52,8 @@ def _parameters_on_meta() -> Iterator[None]:
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         original(module, name, param)
-        if param is not None:
+        # A parameter that is on the meta device already is a shared one: it must stay one object.
+        if param is not None and not param.is_meta:
             meta = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
             module._parameters[name] = meta
 

@@ -9,7 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from tests.distributed import tiny
@@ -58,6 +60,28 @@ class Run:
     def source(self) -> dict[str, Tensor]:
         """Weights of the source model as stored."""
         return load_weights(self.world_folder / "model")
+
+    @cached_property
+    def whole(self) -> list[str]:
+        """Names of parameters the plan freezes whole."""
+        with safetensors.safe_open(self.folder / "plan" / "plan.safetensors", "pt") as file:
+            return json.loads(file.metadata()["forgetscale"])["whole"]
+
+    @cached_property
+    def frozen(self) -> dict[str, Tensor]:
+        """Full-size masks of what the plan file freezes, True where frozen."""
+        found = {name: torch.zeros_like(v, dtype=torch.bool) for name, v in self.source.items()}
+        if not (self.folder / "plan").is_dir():
+            return found
+        for key, index in self.plan.items():
+            axis, _, name = key.partition("/")
+            if axis == "columns":
+                found[name][..., index.long()] = True
+            else:
+                found[name][index.long()] = True
+        for name in self.whole:
+            found[name][...] = True
+        return found
 
     @cached_property
     def plan(self) -> dict[str, Tensor]:

@@ -35,12 +35,13 @@ def make_model(directory: Path, *, dtype=torch.float32, tied: bool = False, seed
     torch.manual_seed(seed)
     model = Olmo2ForCausalLM(config)
     with torch.no_grad():
-        for name, param in model.named_parameters():
+        for param in model.parameters():
             if param.dim() == 1:
                 param.copy_(1 + 0.2 * torch.randn_like(param))
             else:
                 param.mul_(4.0)
-            assert name
+        # The padding row starts at zero, where decay would not show.
+        model.get_input_embeddings().weight[0] = 0.1
     model.to(dtype).save_pretrained(directory, safe_serialization=True)
     words = {f"w{i}": i for i in range(VOCAB_SIZE)}
     core = Tokenizer(models.WordLevel(words, unk_token="w2"))
@@ -83,7 +84,12 @@ def base_recipe(folder: Path, name: str, **method: object) -> dict:
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "data": {"kind": "tokens", "path": str(folder / "data"), "shuffle_seed": 5},
         "method": dict(method),
-        "optim": {"lr": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.5},
+        "optim": {
+            "lr": 1e-2,
+            "weight_decay": 0.1,
+            "max_grad_norm": 0.5,
+            "warmup_fraction": 0.3,
+        },
         "train": {
             "num_steps": 6,
             "micro_batch_size": 2,

@@ -12,7 +12,6 @@ from tests.distributed import tiny
 from tests.distributed.runs import SSU, Run, Runs
 from tests.parity import reference
 
-WARMUP = {"optim__warmup_fraction": 0.3}
 WORLDS = [1, 2, 3]
 
 
@@ -72,7 +71,7 @@ def test_the_reference_is_olmo2(runs: Runs):
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("method", ["ssu", "sft"])
 def test_fp32_run_equals_the_reference(runs: Runs, dense, method: str, world: int):
-    run = runs.get(method, world, **WARMUP)
+    run = runs.get(method, world)
     expected = dense(run)
     assert len({tuple(sorted(step)) for step in run.rows}) == 6
     assert [len(step) for step in run.rows] == [7] * 6
@@ -81,14 +80,23 @@ def test_fp32_run_equals_the_reference(runs: Runs, dense, method: str, world: in
     assert norms == pytest.approx(expected.norms, rel=2e-6)
     assert max(norms) > run.recipe["optim"]["max_grad_norm"], "clipping must be at work"
     for name, weight in expected.weights.items():
-        # Weights reach 0.5, where one fp32 rounding is 3e-8; six steps of rate 1e-2. Adam divides by
-        # the root of the second moment, so single elements with tiny gradients err more.
+        # Weights reach 0.5, where one fp32 rounding is 3e-8; six steps of rate 1e-2. Adam divides
+        # by the root of the second moment, so single elements with tiny gradients err more.
         error = (run.masters[name].double() - weight).abs()
         assert error.max() < 4e-6 and error.mean() < 2e-7, (name, error.max(), error.mean())
 
 
+def test_tied_embeddings_equal_the_reference(runs: Runs, dense):
+    run = runs.get("ssu", 2, world=runs.world("tied", tied=True))
+    expected = dense(run)
+    assert run.losses == pytest.approx(expected.losses, rel=5e-7)
+    assert "lm_head.weight" not in run.masters
+    for name, weight in expected.weights.items():
+        assert (run.masters[name].double() - weight).abs().mean() < 2e-7, name
+
+
 def test_reference_without_a_part_would_not_pass(runs: Runs, dense):
-    run = runs.get("ssu", 1, **WARMUP)
+    run = runs.get("ssu", 1)
     columns, rows = frozen_of(run)
     batches, right = batches_of(run), dense(run).weights
     for field, value in (("weight_decay", 0.0), ("max_grad_norm", 1e9), ("warmup_steps", 0)):
@@ -100,16 +108,16 @@ def test_reference_without_a_part_would_not_pass(runs: Runs, dense):
 
 def test_losses_are_the_same_for_any_number_of_ranks(runs: Runs):
     for method in ("ssu", "sft"):
-        first = runs.get(method, 1, **WARMUP)
+        first = runs.get(method, 1)
         for world in (2, 3):
-            other = runs.get(method, world, **WARMUP)
+            other = runs.get(method, world)
             assert other.losses == pytest.approx(first.losses, rel=1e-6)
             assert sum(other.rows, []) == sum(first.rows, [])
 
 
 @pytest.mark.parametrize("score", ["paper", "official", "mag_l1", "mag_l2"])
 def test_plan_equals_the_reference_plan(runs: Runs, score: str):
-    run = runs.get({**SSU, "score": score}, 2, **WARMUP)
+    run = runs.get({**SSU, "score": score}, 2)
     tokens = torch.from_numpy(tiny.set_rows(rows=19, seed=2)).long()
     used = tokens[list(range(0, 19, 2))[:7]]
     expected = reference.ssu_plan(run.world_folder / "model", used, score, 0.5)
@@ -121,7 +129,7 @@ def test_plan_equals_the_reference_plan(runs: Runs, score: str):
 @pytest.mark.parametrize("offload", [False, True])
 def test_bf16_error_is_at_most_twice_that_of_plain_bf16(runs: Runs, dense, offload: bool):
     world = runs.world("bf16", dtype=torch.bfloat16)
-    run = runs.get("ssu", 2, world=world, offload=offload, model__dtype="bfloat16", **WARMUP)
+    run = runs.get("ssu", 2, world=world, offload=offload, model__dtype="bfloat16")
     exact = dense(run)
     plain = plain_bf16(run)
     ours = total_error(run.masters, exact.weights)
