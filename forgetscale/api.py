@@ -119,7 +119,7 @@ EDITS_PARAMS = "after_step"
 
 
 def overrides(method: Method, hook: str) -> bool:
-    """Return whether a method does something in a hook; the engine skips work for those that do not.
+    """Return whether a method does something in a hook; the engine skips hooks that do nothing.
 
     Args:
         method: The method.

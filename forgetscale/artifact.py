@@ -68,7 +68,7 @@ def fsync_path(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON at ``path`` so that a reader sees the old file or the whole new one."""
+    """Write ``value`` as JSON so that a reader sees the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     try:
         with temporary.open("w", encoding="utf-8") as file:

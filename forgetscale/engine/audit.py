@@ -93,7 +93,7 @@ def audit_export(
     for name in names[world.rank :: world.size]:
         shape = source.shape(name)
         size = torch.Size(shape).numel()
-        mask = plan.slice_mask(name, shape, 0, size, torch.device("cpu"))
+        mask = plan.slice_mask(name, shape, 0, size)
         assert mask is not None
         before = mask.frozen_elements(source.read_flat(name, 0, size, dtype))
         after = mask.frozen_elements(written.read_flat(name, 0, size))

@@ -10,7 +10,7 @@ Shape letters: S elements of a slice, I columns.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int64
@@ -74,7 +74,7 @@ class SliceMask:
     width: int
     columns: Int64[Tensor, " frozen_columns"] | None = None
     rows: Int64[Tensor, " frozen_rows"] | None = None
-    _keep: dict[torch.dtype, Tensor] | None = None
+    _keep: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -84,23 +84,25 @@ class SliceMask:
         width: int,
         columns: Tensor | None,
         rows: Tensor | None,
-        device: torch.device,
     ) -> SliceMask:
-        """Move the indices to ``device`` and keep only the rows this slice touches."""
+        """Keep only the rows this slice touches.
+
+        The indices stay on the CPU; vectors made from them follow the tensors they are used on,
+        since with offload the working copy and the masters live on different devices.
+        """
         if rows is not None:
             low, high = start // width, -(-(start + length) // width)
-            rows = rows[(rows >= low) & (rows < high)].to(device)
-        if columns is not None:
-            columns = columns.to(device)
-        return cls(start, length, width, columns, rows, {})
+            rows = rows[(rows >= low) & (rows < high)].cpu()
+        return cls(start, length, width, None if columns is None else columns.cpu(), rows)
 
-    def _keep_vector(self, dtype: torch.dtype) -> Tensor:
-        assert self._keep is not None and self.columns is not None
-        if dtype not in self._keep:
-            keep = torch.ones(self.width, dtype=dtype, device=self.columns.device)
+    def _keep_vector(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        key = (dtype, like.device)
+        if key not in self._keep:
+            assert self.columns is not None
+            keep = torch.ones(self.width, dtype=dtype)
             keep[self.columns] = 0
-            self._keep[dtype] = keep
-        return self._keep[dtype]
+            self._keep[key] = keep.to(like.device)
+        return self._keep[key]
 
     def _pieces(self, flat: Tensor, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         head, body = split_rows(self.start, self.length, self.width)
@@ -124,7 +126,7 @@ class SliceMask:
         Columns are multiplied by zero, not overwritten: a NaN there stays a NaN and is noticed.
         """
         if self.columns is not None:
-            for piece, keep in self._pieces(grad, self._keep_vector(grad.dtype)):
+            for piece, keep in self._pieces(grad, self._keep_vector(grad, grad.dtype)):
                 piece.mul_(keep)
         for low, high in self._row_spans():
             grad[low:high].mul_(0)
@@ -142,8 +144,8 @@ class SliceMask:
         if self.columns is None:
             param.mul_(1.0 - decay)
         else:
-            factor = param.new_full((self.width,), 1.0 - decay)
-            factor[self.columns] = 1.0
+            trainable = self._keep_vector(param, torch.bool)
+            factor = torch.where(trainable, 1.0 - decay, 1.0).to(param.dtype)
             for piece, part in self._pieces(param, factor):
                 piece.mul_(part)
         for low, high, saved in spans:
@@ -153,8 +155,7 @@ class SliceMask:
         """Return a copy of the frozen elements of a slice: by columns, then by rows."""
         found = [flat[:0]]
         if self.columns is not None:
-            keep = self._keep_vector(torch.float32) == 0
-            for piece, frozen in self._pieces(flat, keep):
+            for piece, frozen in self._pieces(flat, ~self._keep_vector(flat, torch.bool)):
                 found.append(
                     piece[:, frozen].reshape(-1) if piece.dim() == 2 else piece[frozen].reshape(-1)
                 )

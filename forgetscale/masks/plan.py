@@ -82,7 +82,7 @@ class FreezePlan:
                     )
 
     def slice_mask(
-        self, name: str, shape: tuple[int, ...], start: int, length: int, device: torch.device
+        self, name: str, shape: tuple[int, ...], start: int, length: int
     ) -> SliceMask | None:
         """Return the mask of a rank's slice of a parameter, or None where nothing is frozen.
 
@@ -91,14 +91,13 @@ class FreezePlan:
             shape: Shape of the whole parameter.
             start: First element of the slice in the flattened parameter.
             length: Elements in the slice, padding excluded.
-            device: Where the slice lives.
         """
         columns, rows = self.columns.get(name), self.rows.get(name)
         if name in self.whole:
             columns, rows = torch.arange(shape[-1]), None
         if columns is None and rows is None:
             return None
-        return SliceMask.build(start, length, shape[-1], columns, rows, device)
+        return SliceMask.build(start, length, shape[-1], columns, rows)
 
     def num_frozen(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Return how many elements of the model are frozen."""

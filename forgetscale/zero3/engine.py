@@ -136,8 +136,32 @@ class ZeroEngine:
         return gather_slice(item, item.param.ds_tensor.data.view(-1), self.world.size, destination)
 
     def save_files(self, directory: Path) -> None:
-        """Write DeepSpeed's own files below ``directory``. Collective: every rank must call it."""
-        self._engine.save_checkpoint(str(directory), tag=DEEPSPEED_TAG, save_latest=False)
+        """Write DeepSpeed's own files below ``directory``.
+
+        Collective: every rank must call it.
+
+        Raises:
+            OSError, RuntimeError: A write failed on this rank. DeepSpeed waits for all ranks after
+                writing, so the failure is raised only when that is behind: a rank that left early
+                would leave the others waiting.
+        """
+        writer = self._engine.checkpoint_engine
+        write = writer.save
+        failures: list[OSError | RuntimeError] = []
+
+        def save(state: Any, path: str) -> None:
+            try:
+                write(state, path)
+            except (OSError, RuntimeError) as error:
+                failures.append(error)
+
+        writer.save = save
+        try:
+            self._engine.save_checkpoint(str(directory), tag=DEEPSPEED_TAG, save_latest=False)
+        finally:
+            del writer.save
+        if failures:
+            raise failures[0]
 
     def load_files(self, directory: Path) -> None:
         """Load what ``save_files`` wrote, at the same number of ranks.

@@ -123,9 +123,7 @@ class ZeroShards:
         for item in slices:
             if plan is None:
                 break
-            mask = plan.slice_mask(
-                item.name, item.shape, item.start, item.length, item.working.device
-            )
+            mask = plan.slice_mask(item.name, item.shape, item.start, item.length)
             if mask is not None:
                 self.masks[item.name] = mask
 
@@ -187,9 +185,10 @@ class ZeroShards:
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         """Return the sum over ranks. Collective: every rank must call it."""
-        result = value.detach().clone()
+        device = self._slices[0].working.device
+        result = value.detach().to(device, copy=True)
         dist.all_reduce(result)
-        return result
+        return result.to(value.device)
 
     def gather(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Return whole master weights in fp32. Collective: every rank must call it."""

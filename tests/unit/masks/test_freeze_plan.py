@@ -44,13 +44,13 @@ def test_number_of_frozen_elements_is_that_of_full_masks(data):
 
 
 def test_whole_parameters_freeze_every_element():
-    mask = plan_of().slice_mask("b.weight", (3, 5), 4, 7, torch.device("cpu"))
+    mask = plan_of().slice_mask("b.weight", (3, 5), 4, 7)
     assert mask is not None
     assert mask.num_frozen() == 7
 
 
 def test_a_parameter_outside_the_plan_has_no_mask():
-    assert plan_of().slice_mask("other", (3, 5), 0, 15, torch.device("cpu")) is None
+    assert plan_of().slice_mask("other", (3, 5), 0, 15) is None
 
 
 class TestCheckModel:

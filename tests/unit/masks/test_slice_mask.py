@@ -43,7 +43,7 @@ def dense_frozen(shape, columns, rows) -> torch.Tensor:
 
 
 def mask_of(shape, start, length, columns, rows) -> SliceMask:
-    return SliceMask.build(start, length, shape[-1], index(columns), index(rows), CPU)
+    return SliceMask.build(start, length, shape[-1], index(columns), index(rows))
 
 
 @given(cuts())
@@ -182,7 +182,7 @@ def test_output_drift_depends_on_moving_columns_only():
 
 def test_no_mask_of_full_size_is_kept():
     plan = FreezePlan(columns={"w": torch.arange(0, 1000, 2)})
-    mask = plan.slice_mask("w", (5000, 1000), 0, 5_000_000, CPU)
+    mask = plan.slice_mask("w", (5000, 1000), 0, 5_000_000)
     assert mask is not None
     mask.zero_frozen_(torch.ones(5_000_000))
     kept = [t for t in (mask.columns, mask.rows, *mask._keep.values()) if t is not None]
