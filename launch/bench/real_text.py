@@ -34,7 +34,9 @@ ROOT = Path(__file__).resolve().parents[2]
 BLOCK_SIZE = 128
 VOCAB_SIZE = 4000
 HOLD_OUT_EVERY = 10
-SIZE = WorldSize(hidden_size=192, intermediate_size=512, num_layers=4, num_heads=6)
+SIZE = WorldSize(
+    hidden_size=192, intermediate_size=512, num_layers=4, num_heads=6, num_key_value_heads=6
+)
 TASKS = ["perplexity/source", "perplexity/target"]
 
 
