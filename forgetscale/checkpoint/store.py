@@ -228,7 +228,11 @@ class CheckpointStore:
         )
         write_json(self._directory / "latest", {"step": state.step})
         for step in self.steps()[: -self._keep]:
-            shutil.rmtree(self.path(step))
+            # Renamed first: what a crash leaves of it never looks like a checkpoint.
+            old = self.path(step)
+            leaving = old.with_name(f".{old.name}.old")
+            old.rename(leaving)
+            shutil.rmtree(leaving)
 
     # ---- loading ------------------------------------------------------------------------
 

@@ -149,13 +149,15 @@ class ZeroEngine:
         write = writer.save
         failures: list[OSError | RuntimeError] = []
 
-        def save(state: Any, path: str) -> None:
+        def save(*args: Any, **kwargs: Any) -> None:
             try:
-                write(state, path)
+                write(*args, **kwargs)
             except (OSError, RuntimeError) as error:
                 failures.append(error)
 
         writer.save = save
+        # A conversion script that rank 0 copies beside the files; exports are ours.
+        self._engine._copy_recovery_script = lambda directory: None
         try:
             self._engine.save_checkpoint(str(directory), tag=DEEPSPEED_TAG, save_latest=False)
         finally:

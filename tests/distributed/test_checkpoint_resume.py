@@ -1,0 +1,380 @@
+"""Killed at any point, a run goes on bit-equal; damaged checkpoints are set aside."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.harness import Job, Outcome, RankServer
+from tests.distributed.jobs import POINT_NAMES
+from tests.distributed.runs import SSU, Run, Runs, change, load_weights, read_lines
+
+EXACT = ("step", "loss", "grad_norm", "lr", "target_tokens", "skipped_steps")
+
+
+def exact_lines(folder: Path) -> list[dict]:
+    return [{k: line[k] for k in EXACT} for line in read_lines(folder / "metrics.jsonl")]
+
+
+def assert_equal_runs(folder: Path, expected: Run) -> None:
+    """Same metrics and the same exported bits."""
+    assert exact_lines(folder) == exact_lines(expected.folder)
+    found = load_weights(folder / "export")
+    assert set(found) == set(expected.export)
+    for name, weight in expected.export.items():
+        assert torch.equal(found[name], weight), name
+    leftovers = [p.name for p in (folder / "checkpoints").iterdir() if p.name.startswith(".")]
+    assert leftovers == []
+
+
+def folder_of(recipe: dict) -> Path:
+    return Path(recipe["run"]["output_dir"])
+
+
+def steps_of(folder: Path) -> list[str]:
+    return sorted(p.name for p in (folder / "checkpoints").glob("step-*"))
+
+
+# point, how many times it is passed before the kill, newest checkpoint left
+KILLS = [
+    ("plan: before its manifest", 1, None),
+    ("in a step, before the optimizer", 1, None),
+    ("in a step, before the optimizer", 4, 2),
+    ("in a step, after the optimizer", 5, 4),
+    ("between step and save", 2, 2),
+    ("save: before the first file", 1, None),
+    ("save: before the first file", 2, 2),
+    ("save: after DeepSpeed's files", 2, 2),
+    ("save: before hashing", 2, 2),
+    ("save: before the manifest", 2, 2),
+    ("save: after the manifest", 2, 2),
+    ("save: after the rename", 2, 4),
+    ("save: after latest", 2, 4),
+    ("save: half of the old one removed", 1, 6),
+]
+
+
+@pytest.fixture(scope="module")
+def killed(ranks: RankServer, runs: Runs) -> list[tuple[dict, Outcome, list[str], Outcome]]:
+    """Kill one run at each point, two side by side, then start each again."""
+    assert {point for point, _, _ in KILLS} == set(POINT_NAMES)
+    recipes = [runs.recipe(f"kill-{i}", SSU) for i in range(len(KILLS))]
+    crashes, states, again = [], [], []
+    for first in range(0, len(KILLS), 2):
+        pair = range(first, min(first + 2, len(KILLS)))
+        crashes += ranks.run_all(
+            [
+                Job(
+                    "crash:train_until",
+                    {"recipe": recipes[i], "point": KILLS[i][0], "number": KILLS[i][1]},
+                )
+                for i in pair
+            ]
+        )
+        for i in pair:
+            folder = folder_of(recipes[i]) / "checkpoints"
+            states.append(sorted(p.name for p in folder.glob("step-*")))
+        again += ranks.run_all([Job("training:command", {"recipe": recipes[i]}) for i in pair])
+    return list(zip(recipes, crashes, states, again, strict=True))
+
+
+@pytest.mark.parametrize("index", range(len(KILLS)), ids=lambda i: f"{KILLS[i][0]} {KILLS[i][1]}")
+def test_killed_at_any_point_the_run_goes_on_bit_equal(killed, runs: Runs, index: int):
+    recipe, crash, left, again = killed[index]
+    assert crash.codes == [-signal.SIGKILL], crash.logs[0][-2000:]
+    newest = KILLS[index][2]
+    assert (f"step-{newest:08d}" == left[-1]) if newest else left == []
+    assert again.codes == [0], again.logs[0][-3000:]
+    resumed = f"resumed from {folder_of(recipe)}/checkpoints/step-{newest or 0:08d}"
+    assert (resumed in again.logs[0]) == (newest is not None)
+    assert_equal_runs(folder_of(recipe), runs.get("ssu", 1))
+    assert steps_of(folder_of(recipe)) == ["step-00000004", "step-00000006"]
+
+
+@pytest.mark.parametrize(
+    ("point", "number", "rank"),
+    [
+        ("in a step, before the optimizer", 3, 1),
+        ("save: after DeepSpeed's files", 2, 0),
+        ("save: before hashing", 2, 1),
+    ],
+)
+def test_one_of_two_ranks_killed(ranks: RankServer, runs: Runs, point: str, number: int, rank: int):
+    recipe = runs.recipe(f"kill-two-{number}-{rank}", SSU)
+    crash = ranks.run("crash:train_until", 2, recipe=recipe, point=point, number=number, rank=rank)
+    assert crash.codes[rank] == -signal.SIGKILL
+    assert crash.codes[1 - rank] not in (0, None)
+    assert not crash.late, "the other rank hung"
+    ranks.must("training:command", 2, recipe=recipe)
+    assert_equal_runs(folder_of(recipe), runs.get("ssu", 2))
+
+
+@pytest.mark.parametrize(("dtype", "offload"), [("bfloat16", False), ("bfloat16", True)])
+def test_resume_in_bf16_and_with_offload(ranks: RankServer, runs: Runs, dtype, offload):
+    world = runs.world("bf16", dtype=torch.bfloat16)
+    recipe = runs.recipe(f"kill-bf16-{offload}", SSU, {"model.dtype": dtype}, world)
+    if offload:
+        recipe["deepspeed"] = str(world / "zero3_offload.json")
+    point = "in a step, before the optimizer"
+    crash = ranks.run("crash:train_until", 2, recipe=recipe, point=point, number=6)
+    assert crash.codes == [-signal.SIGKILL] * 2
+    ranks.must("training:command", 2, recipe=recipe)
+    expected = runs.get("ssu", 2, world=world, offload=offload, model__dtype=dtype)
+    assert_equal_runs(folder_of(recipe), expected)
+
+
+# ---- damaged checkpoints ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(ranks: RankServer, runs: Runs) -> dict:
+    """A run of two ranks killed in step 5: checkpoints of steps 2 and 4 are there."""
+    recipe = runs.recipe("stopped", SSU)
+    point = "in a step, before the optimizer"
+    ranks.run("crash:train_until", 2, recipe=recipe, point=point, number=5)
+    assert steps_of(folder_of(recipe)) == ["step-00000002", "step-00000004"]
+    return recipe
+
+
+def copy_of(stopped: dict, name: str) -> dict:
+    folder = folder_of(stopped).with_name(name)
+    shutil.copytree(folder_of(stopped), folder)
+    return change(stopped, {"run.output_dir": str(folder)})
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(bytes(data))
+
+
+class Bomb:
+    """A pickle that leaves a mark when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def damage(how: str, checkpoint: Path) -> None:
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_file())
+    optimizer = [p for p in files if "optim_states" in p.name]
+    assert len(optimizer) == 2
+    if how == "one bit of the last file":
+        flip_bit(optimizer[-1])
+    elif how == "one bit of a small file":
+        flip_bit(checkpoint / "rng" / "rank-00000.json")
+    elif how == "one bit of the manifest":
+        flip_bit(checkpoint / "manifest.json")
+    elif how == "a file is missing":
+        optimizer[0].unlink()
+    elif how == "the manifest is missing":
+        (checkpoint / "manifest.json").unlink()
+    elif how == "a file is cut short":
+        optimizer[0].write_bytes(optimizer[0].read_bytes()[:-10])
+    elif how == "a foreign pickle":
+        data = pickle.dumps(Bomb(checkpoint.parent / "exploded"))
+        size = optimizer[0].stat().st_size
+        optimizer[0].write_bytes(data + b"\0" * (size - len(data)))
+    else:
+        raise AssertionError(how)
+
+
+DAMAGES = [
+    "one bit of the last file",
+    "one bit of a small file",
+    "one bit of the manifest",
+    "a file is missing",
+    "the manifest is missing",
+    "a file is cut short",
+    "a foreign pickle",
+]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside(ranks: RankServer, runs: Runs, stopped, how: str):
+    recipe = copy_of(stopped, "damaged " + how)
+    checkpoints = folder_of(recipe) / "checkpoints"
+    damage(how, checkpoints / "step-00000004")
+    outcome = ranks.must("training:command", 2, recipe=recipe)
+    assert "checkpoint: step 4 is damaged and set aside" in outcome.logs[0]
+    assert f"resumed from {checkpoints}/step-00000002" in outcome.logs[0]
+    assert (checkpoints / "step-00000004.bad").is_dir()
+    assert not (checkpoints / "exploded").exists(), "an unverified pickle was loaded"
+    assert_equal_runs(folder_of(recipe), runs.get("ssu", 2))
+
+
+def test_all_checkpoints_damaged_starts_from_the_source(ranks: RankServer, runs: Runs, stopped):
+    recipe = copy_of(stopped, "all-damaged")
+    checkpoints = folder_of(recipe) / "checkpoints"
+    for name in ("step-00000002", "step-00000004"):
+        damage("one bit of the last file", checkpoints / name)
+    outcome = ranks.must("training:command", 2, recipe=recipe)
+    assert "resumed" not in outcome.logs[0]
+    assert_equal_runs(folder_of(recipe), runs.get("ssu", 2))
+
+
+def test_latest_is_only_a_hint(ranks: RankServer, runs: Runs, stopped):
+    recipe = copy_of(stopped, "wrong-latest")
+    (folder_of(recipe) / "checkpoints" / "latest").write_text("not json")
+    ranks.must("training:command", 2, recipe=recipe)
+    assert_equal_runs(folder_of(recipe), runs.get("ssu", 2))
+
+
+# ---- full disk --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "rank"), [("limit", None), ("limit", 0), ("limit", 1), ("python", 1), ("fsync", 1)]
+)
+def test_disk_full_while_saving(ranks: RankServer, runs: Runs, how: str, rank: int | None):
+    recipe = runs.recipe(f"full-{how}-{rank}", SSU)
+    outcome = ranks.run(
+        "crash:train_with_full_disk", 2, recipe=recipe, number=2, rank=rank, how=how
+    )
+    assert not outcome.late, "a rank hung"
+    assert outcome.codes == [1, 1]
+    assert outcome.kinds == ["CheckpointError"] * 2
+    for message in outcome.errors:
+        assert "cannot write the checkpoint in" in message
+        assert "the checkpoint before it is intact" in message
+        assert "\n" not in message
+    checkpoints = folder_of(recipe) / "checkpoints"
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["latest", "step-00000002"]
+    ranks.must("training:command", 2, recipe=recipe)
+    assert_equal_runs(folder_of(recipe), runs.get("ssu", 2))
+
+
+def test_too_little_space_is_noticed_before_writing(ranks: RankServer, runs: Runs):
+    recipe = runs.recipe("full-free", SSU)
+    outcome = ranks.run(
+        "crash:train_with_full_disk", 2, recipe=recipe, number=2, rank=0, how="free"
+    )
+    assert outcome.codes == [1, 1]
+    assert all("0.00 GB free, a checkpoint needs" in message for message in outcome.errors)
+    assert steps_of(folder_of(recipe)) == ["step-00000002"]
+
+
+# ---- refusals ---------------------------------------------------------------------------
+
+
+def refused(outcome: Outcome, sentence: str, code: int) -> None:
+    assert not outcome.late
+    assert set(outcome.codes) == {code}, outcome.logs[0][-2000:]
+    assert all(sentence in message for message in outcome.errors), outcome.errors
+    assert all("\n" not in message for message in outcome.errors)
+
+
+def test_another_number_of_ranks_is_refused(ranks: RankServer, stopped):
+    recipe = copy_of(stopped, "other-world")
+    for size in (1, 3):
+        outcome = ranks.run("training:command", size, recipe=recipe)
+        refused(outcome, "was written by 2 ranks, this run has", 1)
+    assert steps_of(folder_of(recipe)) == ["step-00000002", "step-00000004"]
+
+
+def test_another_recipe_in_the_folder_is_refused(ranks: RankServer, stopped):
+    recipe = change(copy_of(stopped, "other-recipe"), {"optim.lr": 2e-2})
+    before = sorted(p.name for p in folder_of(recipe).iterdir())
+    outcome = ranks.run("training:command", 2, recipe=recipe)
+    refused(outcome, "holds another recipe's run (optim.lr is 0.01 there and 0.02 here)", 2)
+    assert sorted(p.name for p in folder_of(recipe).iterdir()) == before
+
+
+def test_a_folder_that_is_no_run_is_refused(ranks: RankServer, runs: Runs):
+    recipe = runs.recipe("foreign", SSU)
+    folder_of(recipe).mkdir()
+    (folder_of(recipe) / "thesis.tex").write_text("x")
+    outcome = ranks.run("training:command", 1, recipe=recipe)
+    refused(outcome, "holds 'thesis.tex' but no recipe.yaml", 2)
+
+
+def test_changed_data_are_refused(ranks: RankServer, runs: Runs, stopped):
+    from tests.distributed import tiny
+
+    recipe = copy_of(stopped, "other-data")
+    data = folder_of(recipe).with_name("data-2")
+    tiny.make_set(data, runs.world() / "model", seed=77)
+    path = folder_of(recipe) / "recipe.yaml"
+    # The same recipe, but the folder it names holds something else now.
+    path.write_text(path.read_text().replace(recipe["data"]["path"], str(data)))
+    recipe["data"]["path"] = str(data)
+    outcome = ranks.run("training:command", 2, recipe=recipe)
+    refused(outcome, "was made with another token set (data.path)", 2)
+
+
+def test_another_plan_is_refused(ranks: RankServer, runs: Runs, stopped):
+    recipe = copy_of(stopped, "other-plan")
+    other = runs.get({**SSU, "score": "mag_l2"}, 2)
+    shutil.rmtree(folder_of(recipe) / "plan")
+    shutil.copytree(other.folder / "plan", folder_of(recipe) / "plan")
+    outcome = ranks.run("training:command", 2, recipe=recipe)
+    refused(outcome, "was made with another freeze plan", 2)
+
+
+def test_a_plan_of_another_model_is_refused(ranks: RankServer, runs: Runs):
+    other = runs.world("other-seed", seed=11)
+    plan = str(runs.get("ssu", 1).folder / "plan")
+    recipe = runs.recipe("foreign-plan", {"kind": "ssu", "plan": plan}, world=other)
+    outcome = ranks.run("training:command", 2, recipe=recipe)
+    refused(outcome, "was made for another model", 2)
+
+
+def test_a_given_plan_is_used_and_kept(ranks: RankServer, runs: Runs):
+    made = runs.get("ssu", 1)
+    run = runs.get({"kind": "ssu", "plan": str(made.folder / "plan")}, 1)
+    assert run.losses == made.losses
+    assert all(torch.equal(run.plan[key], index) for key, index in made.plan.items())
+
+
+# ---- stopping on request ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signal_stops_all_ranks_with_a_checkpoint(ranks: RankServer, runs: Runs, number: int):
+    recipe = runs.recipe(f"signal-{number}", SSU)
+    outcome = ranks.run(
+        "crash:train_and_signal", 2, recipe=recipe, step=3, rank=1, number=int(number)
+    )
+    refused(outcome, "stopped on request after step 3 of 6", 75)
+    assert steps_of(folder_of(recipe)) == ["step-00000002", "step-00000003"]
+    ranks.must("training:command", 2, recipe=recipe)
+    assert_equal_runs(folder_of(recipe), runs.get("ssu", 2))
+
+
+def test_signal_in_the_last_step_finishes(ranks: RankServer, runs: Runs):
+    recipe = runs.recipe("signal-last", SSU)
+    ranks.must(
+        "crash:train_and_signal", 1, recipe=recipe, step=6, rank=0, number=int(signal.SIGUSR1)
+    )
+    assert_equal_runs(folder_of(recipe), runs.get("ssu", 1))
+
+
+# ---- finished runs ----------------------------------------------------------------------
+
+
+def test_a_finished_run_started_again_changes_nothing(ranks: RankServer, runs: Runs):
+    run = runs.get("ssu", 1)
+    before = (run.folder / "metrics.jsonl").read_bytes()
+    copy = run.folder.with_name("finished")
+    shutil.copytree(run.folder, copy)
+    ranks.must("training:command", 1, recipe=change(run.recipe, {"run.output_dir": str(copy)}))
+    assert (copy / "metrics.jsonl").read_bytes() == before
+    assert_equal_runs(copy, run)
+
+
+def test_metrics_written_after_the_checkpoint_are_dropped(ranks: RankServer, runs: Runs, stopped):
+    recipe = copy_of(stopped, "half-line")
+    path = folder_of(recipe) / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write(json.dumps({"step": 5, "loss": 1}) + '\n{"step": 6, "lo')
+    ranks.must("training:command", 2, recipe=recipe)
+    assert_equal_runs(folder_of(recipe), runs.get("ssu", 2))
