@@ -115,8 +115,9 @@ def run_stage(
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     shown = 0.0
     interactive = sys.stderr.isatty()
-    with log_path.open("a", encoding="utf-8") as log:
-        process = subprocess.Popen(
+    with (
+        log_path.open("a", encoding="utf-8") as log,
+        subprocess.Popen(
             list(command),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -124,7 +125,8 @@ def run_stage(
             env=environment,
             text=True,
             errors="replace",
-        )
+        ) as process,
+    ):
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -139,7 +141,6 @@ def run_stage(
         finally:
             if process.poll() is None:
                 process.terminate()
-                process.wait()
     seconds = time.monotonic() - start
     if code != 0:
         raise StageError(
