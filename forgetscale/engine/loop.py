@@ -147,7 +147,9 @@ def _agree_finite(
     total_loss, num_bad, num_stop = job.world.sum(mine).tolist()
     if num_bad:
         found = job.world.gather_objects(bad)
-        rank = next(rank for rank, text in enumerate(found) if text is not None)
+        # A bad loss spoils the gradients of all ranks; the rank it came from is the one to name.
+        named = [rank for rank, text in enumerate(found) if text is not None]
+        rank = next((rank for rank in named if found[rank] == "the loss"), named[0])
         raise NonFiniteError(
             f"step {step}: {found[rank]} is not finite on rank {rank}; no weight was changed; lower"
             " optim.lr or inspect the step's rows with python -m data_prep inspect."

@@ -108,6 +108,8 @@ class ZeroEngine:
         """
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
+        if last:
+            self.shards.collect_gradients()
 
     def step(self, lr: float) -> float:
         """Clip, update, and return the norm of the unclipped gradient.

@@ -8,6 +8,7 @@ Facts used here (DeepSpeed 0.19.8), each with a test that fails if it changes:
   in the order of ``fp16_groups``; with offload they were already copied to
   ``fp32_partitioned_groups_flat[i].grad`` together with their norms, so an edit there must
   refresh the norm;
+- with offload a parameter that the step's last micro-batch does not use loses its gradient;
 - neither buffer is cleared between steps: a parameter without gradient would be updated with
   the gradient of an earlier step;
 - a write to the master does not reach the working copy, nor copies that are gathered.
@@ -205,6 +206,17 @@ class ZeroShards:
 
     # ---- between backward and step ------------------------------------------------------
 
+    def collect_gradients(self) -> None:
+        """Bring over gradients that DeepSpeed left behind; call it after the last backward.
+
+        With offload it copies a gradient to the optimizer only in the step's last micro-batch, and
+        only for parameters used there.
+        """
+        for item in self._slices if self.offloaded else []:
+            grad = self.gradient(item)
+            if grad is not None and not bool(grad.any()):
+                grad.copy_(self._grads[item.name])
+
     def non_finite(self) -> str | None:
         """Return the name of the first parameter whose gradient slice is not finite, or None.
 
@@ -261,7 +273,7 @@ class ZeroShards:
         for item in self._slices:
             grad = self.gradient(item)
             key = None if grad is None else optimizer.get_param_id(item.param)
-            if key is not None and key in optimizer.norm_for_param_grads:
+            if key is not None:
                 optimizer.norm_for_param_grads[key] = optimizer._constant_buffered_norm2(grad)
 
     def clear_gradients(self) -> None:

@@ -21,11 +21,12 @@ def make_model(directory: Path, *, dtype=torch.float32, tied: bool = False, seed
     """Write a two-layer OLMo 2 with odd widths; grouped-query attention; random norms."""
     config = Olmo2Config(
         vocab_size=VOCAB_SIZE,
-        hidden_size=36,
-        intermediate_size=50,
+        hidden_size=35,
+        intermediate_size=51,
         num_hidden_layers=2,
         num_attention_heads=6,
         num_key_value_heads=2,
+        head_dim=6,
         max_position_embeddings=64,
         pad_token_id=0,
         bos_token_id=1,

@@ -46,9 +46,9 @@ class DenseOlmo2:
         return x * cos + half * sin
 
     def _attention(self, name: str, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         heads, groups = self.config["num_attention_heads"], self.config["num_key_value_heads"]
-        size = width // heads
+        size = self.config["head_dim"]
         q = self._norm(f"{name}.q_norm", self._linear(f"{name}.q_proj", x))
         k = self._norm(f"{name}.k_norm", self._linear(f"{name}.k_proj", x))
         v = self._linear(f"{name}.v_proj", x)
@@ -59,7 +59,7 @@ class DenseOlmo2:
         scores = q @ k.transpose(-1, -2) / math.sqrt(size)
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
         mixed = scores.masked_fill(future, -math.inf).softmax(-1) @ v
-        return self._linear(f"{name}.o_proj", mixed.transpose(1, 2).reshape(batch, length, width))
+        return self._linear(f"{name}.o_proj", mixed.transpose(1, 2).reshape(batch, length, heads * size))
 
     def logits(self, ids: Tensor) -> Tensor:
         """Return logits ``[rows, positions, vocab]``."""
