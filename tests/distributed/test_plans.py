@@ -1,0 +1,128 @@
+"""Freeze plans: the same for any number of ranks, from real tokens alone, without a trace after."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed import tiny
+from tests.distributed.harness import RankServer
+from tests.distributed.runs import SSU, Runs
+from tests.parity import reference
+
+SCORES = ("paper", "official", "mag_l1", "mag_l2", "rand")
+NUM_ROWS, NUM_BLOCKS = 19, 7
+
+
+@pytest.fixture(scope="module")
+def plans(ranks: RankServer, runs: Runs) -> dict[int, list[dict]]:
+    """Plans of every score, by number of ranks, as each rank made them."""
+    recipes = {score: runs.recipe("plans", {**SSU, "score": score}) for score in SCORES}
+    recipes["hft"] = runs.recipe("plans", {"kind": "hft"})
+    return {size: ranks.must("plans:make", size, recipes=recipes).values for size in (1, 2, 3)}
+
+
+@pytest.fixture(scope="module")
+def statistics(ranks: RankServer, runs: Runs) -> dict[int, list[dict]]:
+    recipe = runs.recipe("statistics", SSU)
+    return {size: ranks.must("plans:statistics", size, recipe=recipe).values for size in (1, 2, 3)}
+
+
+@pytest.fixture(scope="module")
+def exact(runs: Runs) -> dict[str, torch.Tensor]:
+    """Sum of squared inputs of every module over the used rows, in fp64, without our code."""
+    tokens = torch.from_numpy(tiny.set_rows(rows=NUM_ROWS, seed=2)).long()
+    model = reference.DenseOlmo2(runs.world() / "model")
+    sums: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for row in tokens[list(range(0, NUM_ROWS, NUM_ROWS // NUM_BLOCKS))[:NUM_BLOCKS]]:
+            model.logits(row[None])
+            for name, x in model.inputs.items():
+                sums[name] = sums.get(name, 0) + x.square().sum((0, 1))
+    return sums
+
+
+@pytest.mark.parametrize("score", [*SCORES, "hft"])
+def test_plans_are_equal_for_any_number_of_ranks(plans, score: str):
+    first = plans[1][0][score]
+    assert first["columns"] or first["whole"]
+    for size in (1, 2, 3):
+        for found in plans[size]:
+            assert found[score] == first
+
+
+def test_scores_give_different_plans(plans):
+    hashes = {plans[1][0][score]["hash"] for score in SCORES}
+    assert len(hashes) == len(SCORES)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_each_matrix_is_frozen_at_the_fraction(plans, runs: Runs, score: str):
+    columns = plans[2][0][score]["columns"]
+    shapes = {n: w.shape for n, w in runs.get("ssu", 1).source.items()}
+    assert set(columns) == {n for n in shapes if "embed_tokens" not in n and "lm_head" not in n}
+    for name, index in columns.items():
+        assert len(index) == shapes[name][-1] // 2
+        assert index == sorted(set(index))
+
+
+def test_random_choice_depends_on_the_seed(ranks: RankServer, runs: Runs):
+    recipes = {
+        str(seed): runs.recipe("seeds", {"kind": "ssu", "score": "rand"}, {"run.seed": seed})
+        for seed in (1, 2)
+    }
+    found = ranks.must("plans:make", 1, recipes=recipes).value
+    assert found["1"]["hash"] != found["2"]["hash"]
+    columns = found["1"]["columns"]
+    assert (
+        columns["model.layers.0.self_attn.q_proj.weight"]
+        != (columns["model.layers.1.self_attn.q_proj.weight"])
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_statistics_count_real_tokens_once(statistics, exact, size: int):
+    tokens = NUM_BLOCKS * tiny.BLOCK_SIZE
+    for found in statistics[size]:
+        # Four groups of two rows, the last with one real row; ranks take them in turn.
+        assert found["passes"] == -(-4 // size)
+        for name, norm in found["l2_norm"].items():
+            assert torch.allclose(norm, exact[name].sqrt(), rtol=2e-6), name
+            assert torch.allclose(found["mean_square"][name], exact[name] / tokens, rtol=4e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_weight_norms_from_slices(statistics, runs: Runs, size: int):
+    source = runs.get("ssu", 1).source
+    for found in statistics[size]:
+        for name, norm in found["weight_l1"].items():
+            matrix = source[name].double().reshape(-1, source[name].shape[-1])
+            assert torch.allclose(norm, matrix.abs().sum(0), rtol=1e-12)
+            assert torch.allclose(found["weight_l2"][name], matrix.norm(dim=0), rtol=1e-12)
+
+
+def test_provenance_names_model_data_and_settings(plans):
+    found = plans[1][0]["paper"]["provenance"]
+    assert found["method"] == "ssu" and found["score"] == "paper"
+    assert found["frozen_fraction"] == 0.5
+    assert len(found["model_hash"]) == 64
+    assert found["calibration"]["num_blocks"] == NUM_BLOCKS
+    assert "calibration" not in plans[1][0]["hft"]["provenance"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_calibration_leaves_later_training_bit_equal(runs: Runs, size: int):
+    made = runs.get("ssu", size)
+    given = runs.get({"kind": "ssu", "plan": str(made.folder / "plan")}, size)
+    assert given.losses == made.losses
+    for name, weight in made.masters.items():
+        assert torch.equal(given.masters[name], weight), name
+
+
+def test_missing_calibration_data_is_one_sentence(ranks: RankServer, runs: Runs):
+    recipe = runs.recipe("no-data", SSU)
+    recipe["method"]["calibration"]["path"] = str(runs.world() / "nowhere")
+    outcome = ranks.run("training:command", 2, recipe=recipe)
+    assert outcome.codes == [2, 2]
+    assert "nowhere" in outcome.errors[0] and "\n" not in outcome.errors[0]
+    assert not (runs.world() / "no-data" / "plan").exists()
