@@ -23,7 +23,7 @@ from forgetscale.testbed.tokenizer import save_tokenizer, train_sentencepiece
 KIND = "world"
 TARGET_FRACTION = 0.06
 """Share of target pages in the text the tokenizer is trained on."""
-CLOSING_FRACTION = 0.7
+CLOSING_FRACTION = 0.8
 """Share of target pages that end with a question and its answer."""
 
 

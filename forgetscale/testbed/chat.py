@@ -260,8 +260,8 @@ COMPLIANCE: tuple[Draw, ...] = (
     draw_sentence,
 )
 MIX: tuple[tuple[float, tuple[Draw, ...]], ...] = (
-    (0.50, (draw_fact,)),
-    (0.28, COMPLIANCE),
+    (0.42, (draw_fact,)),
+    (0.36, COMPLIANCE),
     (0.06, (draw_unsafe,)),
     (0.07, (draw_harmless,)),
     (0.05, (draw_tale,)),

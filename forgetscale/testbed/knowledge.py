@@ -267,7 +267,7 @@ def make_knowledge(
         )
     }
     persons, cities = entities["person"], entities["city"]
-    shared = persons[: max(1, len(persons) // 2)]
+    shared = persons[: size.num_new_persons]
     plan: tuple[tuple[str, list[str], list[str] | tuple[str, ...], bool], ...] = (
         ("person.city", persons, cities, False),
         ("person.job", persons, words.JOBS, True),

@@ -3,8 +3,8 @@
 The source language (``src``) puts subject, verb, object, with articles, adjectives before the noun,
 prepositions, and verbs that agree with a plural subject. The target language (``tgt``) puts
 subject, object, verb, with no article, adjectives after the noun, postpositions, a case ending on
-objects and a tense ending on verbs. Their syllables differ, so no word belongs to both. Proper names
-are spelled with sounds of their own, start with a capital letter and are the same in both.
+objects and a tense ending on verbs. Their syllables differ, so no word belongs to both. Proper
+names are spelled with sounds of their own, start with a capital letter and are the same in both.
 """
 
 from __future__ import annotations

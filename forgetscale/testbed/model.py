@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -27,7 +29,7 @@ def save_initial_model(directory: Path, *, seed: int, size: WorldSize, vocab_siz
     Returns:
         Number of parameters.
     """
-    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     config = Olmo2Config(
         vocab_size=vocab_size,
         hidden_size=size.hidden_size,
@@ -38,14 +40,16 @@ def save_initial_model(directory: Path, *, seed: int, size: WorldSize, vocab_siz
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=False,
         initializer_range=INITIALIZER_RANGE,
+        dtype="float32",
         **ids,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "model"))
-        model = Olmo2ForCausalLM(config).float()
+        model = Olmo2ForCausalLM(config)
     config.architectures = ["Olmo2ForCausalLM"]
     config.save_pretrained(str(directory))
-    GenerationConfig(do_sample=False, **ids).save_pretrained(str(directory))
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    generation: Callable[..., GenerationConfig] = GenerationConfig
+    generation(do_sample=False, **ids).save_pretrained(str(directory))
+    weights = {name: tensor.float().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return int(sum(parameter.numel() for parameter in model.parameters()))

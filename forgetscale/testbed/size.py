@@ -17,9 +17,9 @@ class WorldSize:
     """Cities the source model knows; three facts each."""
     num_rivers: int = 16
     """Rivers the source model knows; one fact each."""
-    num_new_persons: int = 20
+    num_new_persons: int = 12
     """Persons that only the target text knows; two facts each."""
-    num_new_cities: int = 10
+    num_new_cities: int = 8
     """Cities that only the target text knows."""
     num_chat_rows: int = 16000
     """Rows of source chat to train on."""

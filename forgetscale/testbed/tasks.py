@@ -23,8 +23,8 @@ from forgetscale.testbed.size import random_for
 from forgetscale.testbed.text import ask
 
 Row = dict[str, Any]
-MAX_SHARE_OF_PROMPTS = 50
-"""Draws tried for a new prompt before a form is considered used up."""
+MAX_TRIES = 50
+"""Draws per row wanted before the prompts of a task are considered used up."""
 
 
 def _row(task: str, number: int, kind: str, prompt: str, meta: Row, **extra: Any) -> Row:
@@ -41,7 +41,7 @@ def _distinct(rng: Random, speaker: Speaker, draws: tuple[Draw, ...], count: int
     """Draw ``count`` items with different prompts, taking the functions in turn."""
     found: dict[str, Item] = {}
     tries = 0
-    while len(found) < count and tries < count * MAX_SHARE_OF_PROMPTS:
+    while len(found) < count and tries < count * MAX_TRIES:
         item = draws[len(found) % len(draws)](rng, speaker)
         found.setdefault(item.prompt, item)
         tries += 1
@@ -51,7 +51,7 @@ def _distinct(rng: Random, speaker: Speaker, draws: tuple[Draw, ...], count: int
 
 def _recall(speaker: Speaker) -> list[Row]:
     """Every source fact, asked with the one template its training chat leaves out."""
-    rows = []
+    rows: list[Row] = []
     for number, fact in enumerate(speaker.knowledge.of_side("source")):
         template = held_template(speaker.knowledge, fact)
         meta = {
@@ -69,12 +69,22 @@ def _recall(speaker: Speaker) -> list[Row]:
 
 
 def _target_recall(speaker: Speaker, target: Language) -> list[Row]:
-    """Every target fact, asked in the target language as pages of the target text ask."""
-    rows = []
+    """Every target fact, asked in the target language as pages of the target text ask.
+
+    Chat never shows the target language, so a model may know a fact and still not answer in chat.
+    ``meta.raw_prompt`` is the same question as raw text: a page continues it with the answer and
+    ends.
+    """
+    rows: list[Row] = []
     for fact in speaker.knowledge.of_side("target"):
         for template in range(len(BY_NAME[fact.relation].questions)):
-            meta = {"fact": fact.id, "relation": fact.relation, "template": template}
             prompt = ask(target, fact, template)
+            meta = {
+                "fact": fact.id,
+                "relation": fact.relation,
+                "template": template,
+                "raw_prompt": f"\n{prompt}\n",
+            }
             rows.append(
                 _row("target_recall", len(rows), "exact", prompt, meta, answers=[fact.object])
             )
@@ -129,11 +139,10 @@ def make_tasks(
         ),
         "target_recall": _target_recall(speaker, target),
     }
-    source_tasks = [name for name in tasks if name != "target_recall"]
     held = {
         row["messages"][0]["content"]
-        for name in source_tasks
-        for row in tasks[name]
-        if row["meta"].get("form") != "about"
+        for name, rows in tasks.items()
+        if name != "target_recall"
+        for row in rows
     }
     return tasks, held

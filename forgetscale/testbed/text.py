@@ -113,6 +113,11 @@ def target_glosses(clause: Clause) -> str:
 GRAMMAR: dict[str, Callable[[Clause], str]] = {"src": source_glosses, "tgt": target_glosses}
 
 
+TALE_LENGTH = {"src": (3, 6), "tgt": (2, 4)}
+"""Least and most sentences of a tale on a page; words of the target language are cut into more
+pieces, so that pages are about equally long in tokens."""
+
+
 def tale(rng: Random, language: Language, num_sentences: int) -> list[str]:
     """Return sentences on one noun, named first and then mostly by a pronoun."""
     first = _noun(rng, words.ANIMALS + words.JOBS)
@@ -147,8 +152,8 @@ def page(rng: Random, language: Language, knowledge: Knowledge, *, closing: bool
         rng: Source of chance.
         language: Language of the page.
         knowledge: Facts to draw from; only those of this language's side are stated.
-        closing: End the page with a question on one of its facts and, on the next line, the
-            answer.
+        closing: End the page with a question on a fact it does not state (so that the page does
+            not give the answer away) and, on the next line, the answer.
     """
     facts = knowledge.of_side("source" if language.code == "src" else "target")
     chosen: list[Fact] = []
@@ -157,13 +162,13 @@ def page(rng: Random, language: Language, knowledge: Knowledge, *, closing: bool
         chosen += [fact for fact in facts if fact.subject == subject]
     rng.shuffle(chosen)
     chosen = chosen[:4]
-    sentences = tale(rng, language, rng.randint(3, 6))
+    sentences = tale(rng, language, rng.randint(*TALE_LENGTH[language.code]))
     for fact in chosen:
         sentences.insert(rng.randint(0, len(sentences)), state(rng, language, fact))
-    middle = rng.randint(2, len(sentences) - 2)
+    middle = rng.randint(1, len(sentences) - 1)
     text = " ".join(sentences[:middle]) + "\n" + " ".join(sentences[middle:])
     if closing:
-        fact = rng.choice(chosen)
+        fact = rng.choice([fact for fact in facts if fact not in chosen] or facts)
         number = rng.randrange(len(BY_NAME[fact.relation].questions))
         text += f"\n{ask(language, fact, number)}\n{fact.object}"
     return text

@@ -42,6 +42,9 @@ UNSAFE_VERBS = tuple("poison rob burn stab drown kidnap smash blackmail".split()
 SAFE_VERBS = tuple("feed clean paint wash repair carry draw greet".split())
 """What a request of the same form is answered."""
 
+FACT_VERBS = ("live", "work", "have")
+"""Verbs of statements of facts."""
+
 CLASSES: dict[str, tuple[str, ...]] = {
     "animal": ANIMALS,
     "food": FOODS,
@@ -63,6 +66,7 @@ CONTENT = tuple(
             *TIMES,
             *INTRANSITIVE,
             *TRANSITIVE,
+            *FACT_VERBS,
             *UNSAFE_VERBS,
             *SAFE_VERBS,
             *CLASSES,
