@@ -27,8 +27,10 @@ METHOD_NAMES = (
 )
 DEFAULT_METHODS = ("sft", "ssu/rand", "ssu/paper")
 BLOCK_SIZE = 64
-SOURCE_STEPS = 1500
+SOURCE_STEPS = 1200
+SOURCE_LR = 5e-3
 TARGET_STEPS = 600
+TARGET_LR = 3e-4
 BATCH_SIZE = 16
 CHAT_TASKS = ("recall", "compliance", "refusal", "over_refusal", "target_recall", "code_mixing")
 TASKS = ("perplexity/source", "perplexity/target", *CHAT_TASKS)
@@ -103,8 +105,7 @@ class Miniature:
         text, chat = self.world / "text", self.world / "chat"
         self._build("calibration", [chat / "calibration.jsonl"], chat=True)
         self._build("target", [text / "data" / "tgt"])
-        raw_source = sorted((text / "data" / "src").glob("*.jsonl.gz"))
-        self._build("source", [*raw_source, chat / "train.jsonl"], chat=True)
+        self._build("source", [chat / "train.jsonl"], chat=True)
         self._build("tasks/perplexity/source", [text / "heldout" / "src.jsonl"])
         self._build("tasks/perplexity/target", [text / "heldout" / "tgt.jsonl"])
         tasks = self.folder / "tasks"
@@ -199,9 +200,7 @@ class Miniature:
         }
 
     def _source_recipe(self) -> dict[str, Any]:
-        recipe = self._common("source", SOURCE_STEPS, 3e-3)
-        recipe["train"]["global_batch_size"] = 2 * BATCH_SIZE
-        recipe["train"]["micro_batch_size"] = max(1, 2 * BATCH_SIZE // self.ranks)
+        recipe = self._common("source", SOURCE_STEPS, SOURCE_LR)
         recipe["model"] = {"path": str(self.world / "init"), "dtype": "float32"}
         recipe["data"] = {
             "path": str(self.folder / "tokens" / "source"),
@@ -211,7 +210,7 @@ class Miniature:
         return recipe
 
     def _target_recipe(self, name: str, method: str) -> dict[str, Any]:
-        recipe = self._common(name, TARGET_STEPS, 3e-4)
+        recipe = self._common(name, TARGET_STEPS, TARGET_LR)
         recipe["model"] = {"path": str(self.source_model), "dtype": "float32"}
         recipe["data"] = {
             "path": str(self.folder / "tokens" / "target"),
