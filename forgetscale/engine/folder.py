@@ -21,6 +21,7 @@ _MAY_CHANGE = (
     "evaluate.",
 )
 _MAY_STAND_BEFORE = {"results", "plan", "log.txt", "logs"}
+_WORK = ("plan", "metrics.jsonl", "checkpoints", "export", "results")
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -57,13 +58,16 @@ def open_run_folder(recipe: Recipe) -> bool:
     stored = directory / RECIPE_FILE
     if stored.is_file():
         difference = first_difference(read_yaml(stored), recipe_dict(recipe))
-        if difference is not None:
+        worked = any((directory / name).exists() for name in _WORK)
+        if difference is not None and worked:
             raise ConfigError(
                 f"run.output_dir {directory} holds another recipe's run ({difference}); choose"
                 " another folder or remove this one."
             )
-        return True
-    if directory.exists():
+        if difference is None:
+            return True
+        # A start that failed before any work, and the recipe was corrected since.
+    elif directory.exists():
         foreign = sorted(set(os.listdir(directory)) - _MAY_STAND_BEFORE)
         if foreign:
             raise ConfigError(

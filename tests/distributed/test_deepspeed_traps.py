@@ -196,6 +196,8 @@ class TestEdits:
         outcome = ranks.must(
             "shards:edited_params", 2, recipe=recipe, probe=PROBE, evaluate_first=evaluate_first
         )
+        matrices = [n for n in outcome.value["kept"] if n.endswith("_proj.weight")]
+        assert bool(matrices) == evaluate_first, "the test must cover gathered matrices"
         kind = getattr(torch, dtype)
         plain = AutoModelForCausalLM.from_pretrained(runs.world() / "model", dtype=torch.float32)
         source = plain.state_dict()

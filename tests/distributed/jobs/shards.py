@@ -22,6 +22,7 @@ from forgetscale.engine.run import open_source, start_engine
 from forgetscale.errors import ForgetScaleError, NonFiniteError
 from forgetscale.masks import FreezePlan
 from forgetscale.methods.sft import Sft
+from forgetscale.ops.losses import cross_entropy
 from forgetscale.zero3 import (
     DTYPES,
     World,
@@ -257,10 +258,18 @@ def edited_params(recipe: dict, probe: list[list[int]], evaluate_first: bool) ->
     here = world()
     engine = start_engine(parsed, here, open_source(parsed, here), plan=None, training=True)
     ids = torch.tensor(probe)
+    kept: list[str] = []
     engine.set_training(False)
     if evaluate_first:
-        with torch.no_grad():
-            engine(ids, mode="logits")
+        # Once DeepSpeed knows the order it keeps parameters gathered from forward for backward; a
+        # forward pass alone leaves them so.
+        engine.set_training(True)
+        for _ in range(2):
+            engine.backward(engine(ids, ids, cross_entropy), last=True)
+            engine.step(0.0)
+        engine(ids, ids, cross_entropy)
+        engine.set_training(False)
+        kept = [i.name for i in engine.shards.slices if i.param.ds_status.name == "AVAILABLE"]
     for shard in engine.shards:
         positions = torch.arange(shard.start, shard.start + shard.param.numel())
         shard.param.add_(0.01 * torch.sin(positions.float()))
@@ -269,7 +278,12 @@ def edited_params(recipe: dict, probe: list[list[int]], evaluate_first: bool) ->
         logits = engine(ids, mode="logits").float()
     names = [item.name for item in engine.shards.slices]
     gathered = {i.name: engine.gather_working(i, 0) for i in engine.shards.slices}
-    return {"logits": logits, "masters": engine.shards.gather(names), "working": gathered}
+    return {
+        "logits": logits,
+        "masters": engine.shards.gather(names),
+        "working": gathered,
+        "kept": kept,
+    }
 
 
 # ---- numbers that are not finite --------------------------------------------------------
