@@ -1,0 +1,47 @@
+"""The interface: hooks a method does not use cost nothing and change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from forgetscale.api import EDITS_GRADIENTS, EDITS_PARAMS, Unprotected, overrides
+from forgetscale.config import HftMethodConfig, SftMethodConfig, SsuMethodConfig
+from forgetscale.methods import METHODS
+from forgetscale.ops.losses import cross_entropy
+
+CONFIGS = {
+    "sft": SftMethodConfig(),
+    "ssu": SsuMethodConfig(kind="ssu", score="mag_l1"),
+    "hft": HftMethodConfig(kind="hft"),
+}
+
+
+def test_every_method_has_a_config_here():
+    assert set(CONFIGS) == set(METHODS), "add the new method to the tests"
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_plain_loss_and_no_state(kind: str):
+    method = METHODS[kind](CONFIGS[kind])
+    logits, labels = torch.randn(5, 9), torch.tensor([1, 2, -100, 4, 0])
+    assert torch.equal(method.loss(logits, labels), cross_entropy(logits, labels))
+    assert method.state_dict() == {}
+    method.load_state_dict({})
+    with pytest.raises(ValueError, match="has no state, got"):
+        method.load_state_dict({"x": 1})
+    assert not overrides(method, EDITS_GRADIENTS)
+    assert not overrides(method, EDITS_PARAMS)
+
+
+def test_sft_protects_nothing():
+    assert METHODS["sft"](CONFIGS["sft"]).prepare(None) is None
+
+
+def test_overrides_sees_a_hook_that_does_something():
+    class Editing(Unprotected):
+        def after_step(self, shards, step):
+            return {"x": 1.0}
+
+    assert overrides(Editing(), EDITS_PARAMS)
+    assert not overrides(Editing(), EDITS_GRADIENTS)

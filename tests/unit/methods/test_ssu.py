@@ -1,0 +1,290 @@
+"""SSU: statistics over real tokens, plans, and errors instead of fallbacks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from forgetscale.api import Batch
+from forgetscale.config import SsuMethodConfig
+from forgetscale.errors import ConfigError, DataError
+from forgetscale.methods import METHODS
+from forgetscale.methods.ssu.method import input_norms, random_frozen, vector_scores, weight_norms
+from forgetscale.methods.ssu.targets import embedding_names, find_targets
+from forgetscale.ops.importance import column_scores, select_frozen
+
+SCORES = ("paper", "official", "mag_l1", "mag_l2", "rand")
+
+
+def config(**settings) -> SsuMethodConfig:
+    found = {"kind": "ssu", "score": "mag_l2", **settings}
+    if found["score"] in ("paper", "official"):
+        found["calibration"] = {"path": "unused"}
+    from forgetscale.config import validate_recipe
+
+    recipe = {
+        "run": {"name": "a", "output_dir": "o"},
+        "model": {"path": "m"},
+        "data": {"path": "d"},
+        "method": found,
+        "train": {"num_steps": 1},
+        "deepspeed": "x",
+    }
+    method = validate_recipe(recipe).method
+    assert isinstance(method, SsuMethodConfig)
+    return method
+
+
+def plan_of(calibration, **settings):
+    return METHODS["ssu"](config(**settings)).prepare(calibration)
+
+
+def inputs_of(model, ids) -> dict[str, torch.Tensor]:
+    """Return each module's real inputs, flattened over rows and positions, in fp64."""
+    found = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda m, args, name=name: found.__setitem__(name, args[0].double().flatten(0, -2))
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.LayerNorm)
+    ]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+class TestTargets:
+    def test_body_without_embedding_and_head(self, body):
+        found = {t.name: (t.module, t.shape, t.is_bias) for t in find_targets(body)}
+        assert found == {
+            "left.weight": ("left", (4, 6), False),
+            "left.bias": ("left", (4,), True),
+            "right.weight": ("right", (4, 6), False),
+            "norm.weight": ("norm", (4,), False),
+            "extra.weight": ("extra", (4, 4), False),
+        }
+
+    def test_names_with_embed_or_head_are_not_skipped(self, body):
+        # The published code skips by substring; a body module may well be called so.
+        body.multihead_mixer = nn.Linear(3, 3, bias=False)
+        body.embedded = nn.Linear(3, 3, bias=False)
+        names = [t.name for t in find_targets(body)]
+        assert {"multihead_mixer.weight", "embedded.weight"} <= set(names)
+
+    @pytest.mark.parametrize(
+        "module", [nn.Conv1d(2, 2, 3, bias=False), nn.Bilinear(2, 2, 2, bias=False)]
+    )
+    def test_what_has_no_columns_is_refused(self, body, module):
+        body.odd = module
+        with pytest.raises(ConfigError, match=r"odd.weight .* is neither the matrix of a linear"):
+            find_targets(body)
+
+    def test_tied_head_is_named_once(self, body):
+        assert embedding_names(body) == ["embed.weight", "lm_head.weight"]
+        body.lm_head = nn.Linear(6, 11, bias=False)
+        body.lm_head.weight = body.embed.weight
+        assert embedding_names(body) == ["embed.weight"]
+
+
+class TestStatistics:
+    def test_real_tokens_only(self, calibration, body, ids):
+        targets = find_targets(body)
+        for statistic in ("l2_norm", "mean_square"):
+            found = input_norms(calibration, targets, statistic)
+            for name, x in inputs_of(body, ids).items():
+                if name == "lm_head":
+                    continue
+                square = x.square()
+                exact = square.sum(0).sqrt() if statistic == "l2_norm" else square.mean(0)
+                assert torch.allclose(found[name], exact, rtol=1e-5), (name, statistic)
+
+    def test_batches_of_filler_change_nothing(self, kit, body, batches):
+        targets = find_targets(body)
+        filler = Batch(torch.full((2, 7), 9), torch.zeros(2))
+        plain = input_norms(kit.FakeCalibration(body, batches), targets, "mean_square")
+        more = input_norms(kit.FakeCalibration(body, [*batches, filler]), targets, "mean_square")
+        assert all(torch.equal(plain[name], more[name]) for name in plain)
+
+    def test_token_mean_not_mean_of_sequence_means(self):
+        # Sequences [1, 1] and [3]: tokens weigh alike, so 11/3 and not (1 + 9) / 2.
+        class One(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(1, 1, bias=False)
+
+            def forward(self, ids):
+                return self.layer(ids[..., None].float())
+
+        from forgetscale.methods.ssu.statistics import InputStatistics
+
+        model = One()
+        statistics = InputStatistics({"layer": model.layer})
+        for row in ([1, 1], [3]):
+            batch = Batch(torch.tensor([row]), torch.ones(1))
+            statistics.start(batch)
+            model(batch.input_ids)
+        statistics.close()
+        assert statistics.sums["layer"].item() / statistics.num_tokens == pytest.approx(
+            3.6667, 1e-4
+        )
+
+    def test_hooks_are_removed(self, calibration, body):
+        input_norms(calibration, find_targets(body), "l2_norm")
+        assert not any(m._forward_pre_hooks for m in body.modules())
+
+    def test_bf16_activations_are_summed_wide(self, kit):
+        class Wide(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(1, 1, bias=False)
+
+            def forward(self, ids):
+                self.layer(torch.full((*ids.shape, 1), 1.0078125).bfloat16())
+
+        from forgetscale.methods.ssu.statistics import InputStatistics
+
+        model = Wide().bfloat16()
+        statistics = InputStatistics({"layer": model.layer})
+        batch = Batch(torch.zeros(4, 500, dtype=torch.int64), torch.ones(4))
+        for _ in range(3):
+            statistics.start(batch)
+            with torch.no_grad():
+                model(batch.input_ids)
+        statistics.close()
+        assert statistics.sums["layer"].item() == pytest.approx(6000 * 1.0078125**2, rel=1e-6)
+
+    def test_duplicated_data_change_no_choice(self, kit, body, batches):
+        for score in ("paper", "official"):
+            once = plan_of(kit.FakeCalibration(body, batches), score=score)
+            twice = plan_of(kit.FakeCalibration(body, batches * 2), score=score)
+            assert once.content_hash() == twice.content_hash()
+
+
+class TestErrors:
+    def test_a_module_that_never_runs(self, calibration, body):
+        body.uses_extra = False
+        for score in ("paper", "official"):
+            with pytest.raises(DataError) as caught:
+                plan_of(calibration, score=score)
+            assert str(caught.value).startswith("ssu: extra never ran on the calibration data,")
+            assert "\n" not in str(caught.value)
+        assert plan_of(calibration, score="mag_l1").columns
+
+    def test_an_input_of_another_width(self, kit, batches):
+        class Reshaping(kit.Body):
+            def forward(self, ids):
+                self.extra(torch.zeros(2, 3, 4))
+                self.norm(torch.zeros(2, 4))
+                self.left(torch.zeros(2, 3, 6))
+                self.right.forward = lambda x: x
+                self.right(torch.zeros(2, 3, 5))
+
+        with pytest.raises(DataError, match="right has input width 5 .* expected input width 6"):
+            plan_of(kit.FakeCalibration(Reshaping(), batches), score="paper")
+
+    @pytest.mark.parametrize("weight", [0.0, None])
+    def test_no_token(self, kit, body, batches, weight):
+        empty = [] if weight is None else [Batch(batches[0].input_ids, torch.zeros(2))]
+        with pytest.raises(DataError) as caught:
+            plan_of(kit.FakeCalibration(body, empty), score="paper")
+        assert "never ran" in str(caught.value) or "holds no tokens" in str(caught.value)
+
+    def test_a_failing_forward_is_not_swallowed(self, calibration, body):
+        def fail(ids):
+            raise RuntimeError("out of memory")
+
+        body.forward = fail
+        with pytest.raises(RuntimeError, match="out of memory"):
+            plan_of(calibration, score="paper")
+        assert not any(m._forward_pre_hooks for m in body.modules())
+
+    def test_not_finite_activations(self, calibration, body):
+        with torch.no_grad():
+            body.embed.weight[3] = float("inf")
+        with pytest.raises(ValueError, match="not finite"):
+            plan_of(calibration, score="paper")
+
+
+class TestPlans:
+    @pytest.mark.parametrize("score", ["paper", "official", "mag_l1", "mag_l2"])
+    def test_matrices_by_the_pure_function(self, calibration, body, ids, score: str):
+        plan = plan_of(calibration, score=score)
+        for name in ("left", "right", "extra"):
+            x = inputs_of(body, ids)[name]
+            statistic = {"paper": x.norm(dim=0), "official": x.square().mean(0)}.get(score)
+            weight = body.get_submodule(name).weight.detach()
+            scores = column_scores(weight, None if statistic is None else statistic, score)
+            assert torch.equal(plan.columns[f"{name}.weight"], select_frozen(scores, 0.5))
+
+    @pytest.mark.parametrize("score", SCORES)
+    @pytest.mark.parametrize(
+        ("fraction", "wide", "narrow"), [(0.0, 0, 0), (0.3, 1, 1), (1.0, 6, 4)]
+    )
+    def test_counts(self, calibration, score: str, fraction: float, wide: int, narrow: int):
+        plan = plan_of(calibration, score=score, frozen_fraction=fraction)
+        counts = {name: len(index) for name, index in plan.columns.items()}
+        assert counts == {
+            "left.weight": wide,
+            "left.bias": narrow,
+            "right.weight": wide,
+            "norm.weight": narrow,
+            "extra.weight": narrow,
+        }
+
+    def test_vectors(self, calibration):
+        every = {"left.bias", "norm.weight"}
+        plan = plan_of(calibration, vectors="elementwise")
+        assert every <= set(plan.columns) and not plan.whole
+        plan = plan_of(calibration, vectors="train")
+        assert every.isdisjoint(plan.columns) and not plan.whole
+        plan = plan_of(calibration, vectors="freeze")
+        assert every.isdisjoint(plan.columns) and plan.whole == every
+
+    def test_vector_scores(self):
+        weight = torch.tensor([1.0, 2, 3], dtype=torch.float64)
+        statistic = torch.tensor([4.0, 1, 0], dtype=torch.float64)
+        assert vector_scores(weight, statistic, "paper").tolist() == [4, 2, 0]
+        assert vector_scores(weight, statistic, "official").tolist() == [5, 4, 3]
+        assert vector_scores(weight, None, "paper").tolist() == [1, 2, 3]
+        assert vector_scores(weight, None, "mag_l1").tolist() == [1, 2, 3]
+
+    def test_shielded_rows(self, calibration):
+        plan = plan_of(calibration, shield_token_ids=[7, 2, 7])
+        assert {k: v.tolist() for k, v in plan.rows.items()} == {
+            "embed.weight": [2, 7],
+            "lm_head.weight": [2, 7],
+        }
+        with pytest.raises(
+            ConfigError, match="shield_token_ids holds 11, but the vocabulary has 11"
+        ):
+            plan_of(calibration, shield_token_ids=[11])
+
+    @pytest.mark.parametrize(("score", "passes"), [("paper", 3), ("mag_l2", 0), ("rand", 0)])
+    def test_source_data_are_read_only_where_needed(self, calibration, score: str, passes: int):
+        plan_of(calibration, score=score)
+        assert calibration.passes == passes
+
+    def test_random_choice(self):
+        first = random_frozen("a", 40, 0.5, 1)
+        assert torch.equal(first, random_frozen("a", 40, 0.5, 1))
+        assert not torch.equal(first, random_frozen("b", 40, 0.5, 1))
+        assert not torch.equal(first, random_frozen("a", 40, 0.5, 2))
+        assert first.tolist() == sorted(set(first.tolist())) and len(first) == 20
+
+    def test_random_choice_is_uniform(self):
+        counts = torch.zeros(10)
+        for seed in range(400):
+            counts[random_frozen("w", 10, 0.5, seed)] += 1
+        # 400 draws of one half: 5 standard deviations are 50.
+        assert (counts - 200).abs().max() < 50
+
+    def test_weight_norms(self, calibration, body):
+        for power in (1, 2):
+            found = weight_norms(calibration, find_targets(body), power)
+            expected = body.left.weight.detach().double().norm(p=power, dim=0)
+            assert torch.allclose(found["left.weight"], expected, rtol=1e-12)
+            assert torch.allclose(found["left.bias"], body.left.bias.detach().double().abs())
