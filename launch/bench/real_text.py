@@ -175,7 +175,6 @@ def main() -> None:
             "score": "paper",
             "calibration": {**calibration, "micro_batch_size": 4},
         },
-        "ssu-rand": {"kind": "ssu", "score": "rand"},
     }
     model = source / "export"
     runs = {
