@@ -42,7 +42,7 @@ class GeneratedAnswers:
         self._stop_ids = stop_ids
         self._max_new_tokens = max_new_tokens
         self._decoding = decoding
-        self._rows = [prompts.prompt_ids(question.messages) for question in task.questions]
+        self._rows = [prompts.question_ids(question) for question in task.questions]
 
     def measure(
         self,

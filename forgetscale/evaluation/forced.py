@@ -106,9 +106,9 @@ class ForcedRecall:
         self._pad_id = prompts.pad_id
         self._rows: list[_Forced] = []
         for number, question in enumerate(task.questions):
-            prompt = prompts.prompt_ids(question.messages)
+            prompt = prompts.question_ids(question)
             for answer in question.answers:
-                gold = prompts.answer_ids(question.messages, answer)
+                gold = prompts.gold_ids(question, answer)
                 self._rows.append(_Forced(number, prompt + gold, len(prompt)))
 
         self.name = task.name

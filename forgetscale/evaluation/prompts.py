@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from forgetscale.errors import DataError
+from forgetscale.evaluation.tasks import Question
 
 
 class ChatPrompts:
@@ -69,6 +70,32 @@ class ChatPrompts:
             "the chat template ends the assistant's turn with no special token (answer"
             f" {answer!r}); add an end-of-turn token to the template."
         )
+
+    def question_ids(self, question: Question) -> list[int]:
+        """Return the ids in front of the answer: the chat's, or those of a raw prompt."""
+        if question.raw_prompt is None:
+            return self.prompt_ids(question.messages)
+        return list(self.tokenizer(question.raw_prompt, add_special_tokens=False)["input_ids"])
+
+    def gold_ids(self, question: Question, answer: str) -> list[int]:
+        """Return the ids of ``answer`` and of the token that ends it, as training would show them.
+
+        After a raw prompt the answer runs to the end of the document.
+
+        Raises:
+            DataError: The tokenizer cuts the prompt differently once the answer follows.
+        """
+        if question.raw_prompt is None:
+            return self.answer_ids(question.messages, answer)
+        prompt = self.question_ids(question)
+        text = question.raw_prompt + answer
+        whole = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if whole[: len(prompt)] != prompt or self.tokenizer.eos_token_id is None:
+            raise DataError(
+                f"question {question.id}: the tokenizer cuts meta.raw_prompt differently once the"
+                " answer follows, or has no end-of-document token; end the prompt at a word border."
+            )
+        return [*whole[len(prompt) :], int(self.tokenizer.eos_token_id)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated ids without special tokens."""

@@ -33,7 +33,8 @@ class Question:
         kind: How the answer is judged, one of ``KINDS``.
         answers: Accepted answers, for ``exact``.
         checks: Program-checkable instructions, for ``check``.
-        meta: Anything else; ``refusals`` (answer openings) and ``other_words`` are used here.
+        meta: Anything else; ``refusals`` (answer openings), ``other_words`` and ``raw_prompt`` are
+            used here.
     """
 
     id: str
@@ -42,6 +43,14 @@ class Question:
     answers: tuple[str, ...] = ()
     checks: tuple[Mapping[str, Any], ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def raw_prompt(self) -> str | None:
+        """Text that is continued without a chat template, or None.
+
+        For what a model learnt from raw text alone: no chat ever showed it in that language.
+        """
+        return self.meta.get("raw_prompt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +188,9 @@ def _read_row(row: dict[str, Any], where: str) -> Question:
     meta = row.get("meta", {})
     if not isinstance(meta, dict):
         raise DataError(f"{where}: meta is a {type(meta).__name__}, expected an object.")
+    raw_prompt = meta.get("raw_prompt")
+    if raw_prompt is not None and (kind != "exact" or not isinstance(raw_prompt, str)):
+        raise DataError(f"{where}: meta.raw_prompt must be a text, and of an exact question.")
     answers = _text_list(row.get("answers", []), "answers", where)
     checks = row.get("checks", [])
     if not isinstance(checks, list) or not all(

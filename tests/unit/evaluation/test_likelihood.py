@@ -15,6 +15,7 @@ from forgetscale.evaluation import (
 )
 from forgetscale.evaluation.model import load_model
 from forgetscale.evaluation.prompts import ChatPrompts
+from forgetscale.evaluation.tasks import Question
 
 LIVE_TASKS = ["perplexity/target", "recall", "perplexity/source"]
 
@@ -176,3 +177,24 @@ def test_prompts_need_a_template_with_an_end(model_dir: Path) -> None:
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         ChatPrompts(tokenizer)
+
+
+def test_a_raw_prompt_is_continued_without_the_chat_template(model_dir: Path) -> None:
+    chat_tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    question = Question(
+        id="raw",
+        messages=({"role": "user", "content": "who?"},),
+        kind="exact",
+        answers=("ann",),
+        meta={"raw_prompt": "who is "},
+    )
+    prompts = ChatPrompts(chat_tokenizer)
+    ids = prompts.question_ids(question)
+    assert ids == chat_tokenizer("who is ", add_special_tokens=False)["input_ids"]
+    gold = prompts.gold_ids(question, "ann")
+    assert gold[-1] == chat_tokenizer.eos_token_id
+    assert chat_tokenizer.decode([*ids, *gold[:-1]]) == chat_tokenizer.decode(
+        chat_tokenizer("who is ann", add_special_tokens=False)["input_ids"]
+    )
+    chat = Question(id="chat", messages=question.messages, kind="exact", answers=("ann",))
+    assert prompts.question_ids(chat) == prompts.prompt_ids(chat.messages)
