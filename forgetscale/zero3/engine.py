@@ -30,6 +30,11 @@ def construct_partitioned(
     The type comes from ``config``: on a machine without fp16 support ``zero.Init`` turns an
     explicit ``dtype=torch.float32`` into bfloat16, and the "fp32" run that follows is none.
 
+    Args:
+        construct: Builds the module.
+        config: Full DeepSpeed configuration.
+        dtype: Type that ``config`` asks for.
+
     Raises:
         ShardError: DeepSpeed chose another type than ``dtype``.
 

@@ -48,7 +48,14 @@ class Slice:
 
 
 def locate(name: str, param: Any, rank: int, size: int) -> Slice:
-    """Return the slice of a partitioned parameter that ``rank`` of ``size`` owns."""
+    """Return the slice of a partitioned parameter that a rank owns.
+
+    Args:
+        name: Name in the checkpoint.
+        param: Parameter cut by ``zero.Init``.
+        rank: The rank, 0..size - 1.
+        size: Number of ranks.
+    """
     part = param.ds_tensor.numel()
     numel = int(param.ds_numel)
     assert part * size >= numel, (name, part, size, numel)
@@ -57,7 +64,14 @@ def locate(name: str, param: Any, rank: int, size: int) -> Slice:
 
 
 def locate_all(model: nn.Module, prefix: str, rank: int, size: int) -> list[Slice]:
-    """Return the slices of all parameters of a partitioned model, in the model's order."""
+    """Return the slices of all parameters of a partitioned model, in the model's order.
+
+    Args:
+        model: Model whose parameters are cut.
+        prefix: What stands before checkpoint names.
+        rank: The rank, 0..size - 1.
+        size: Number of ranks.
+    """
     found = []
     for name, param in model.named_parameters():
         assert name.startswith(prefix), name

@@ -45,6 +45,25 @@ def _stdout_to(stream: Any) -> Iterator[None]:
         sys.stdout = saved
 
 
+class _Once(logging.Filter):
+    """Let each message through a single time.
+
+    Python's own "once" forgets whenever any code enters ``warnings.catch_warnings``, which torch
+    does all the time: a deprecation in a collective would be logged at every step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether the message is new."""
+        text = record.getMessage()
+        new = text not in self._seen
+        self._seen.add(text)
+        return new
+
+
 def import_deepspeed(log_path: Path) -> None:
     """Import DeepSpeed with everything it prints sent to ``log_path``.
 
@@ -56,6 +75,7 @@ def import_deepspeed(log_path: Path) -> None:
     logging.captureWarnings(True)
     warnings.simplefilter("once")
     handler = logging.StreamHandler(stream)
+    handler.addFilter(_Once())
     logging.getLogger("py.warnings").addHandler(handler)
     logging.getLogger("py.warnings").propagate = False
     with _stdout_to(stream):

@@ -86,5 +86,8 @@ def test_a_rank_that_dies_stops_all(launched):
     wait_until(lambda: process.poll() is not None, "the launcher to end")
     assert process.returncode != 0
     wait_until(lambda: not any(p.is_running() for p in children), "all ranks to end")
+    terminal = (folder.parent / "launched.out").read_text()
+    assert "Warning" not in terminal and "DeepSpeed info" not in terminal
+    assert "Warning" in (folder / "log.txt").read_text(), "noise belongs into the log file"
     steps = sorted(path.name for path in folder.glob("checkpoints/step-*"))
     assert steps and all((folder / "checkpoints" / s / "manifest.json").is_file() for s in steps)

@@ -59,7 +59,9 @@ class DenseOlmo2:
         scores = q @ k.transpose(-1, -2) / math.sqrt(size)
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
         mixed = scores.masked_fill(future, -math.inf).softmax(-1) @ v
-        return self._linear(f"{name}.o_proj", mixed.transpose(1, 2).reshape(batch, length, heads * size))
+        return self._linear(
+            f"{name}.o_proj", mixed.transpose(1, 2).reshape(batch, length, heads * size)
+        )
 
     def logits(self, ids: Tensor) -> Tensor:
         """Return logits ``[rows, positions, vocab]``."""

@@ -65,7 +65,11 @@ def test_logits_changed_after_the_head_are_refused(plain, change: str):
     with torch.no_grad():
         scores = CausalLMWithLoss(model, chunk_size=4)(IDS, labels=IDS, mode="score")
         logits = model(IDS).logits
-    other = {"scaled": logits / 2, "capped": 0.5 * torch.tanh(logits / 0.5), "nan": logits * torch.nan}
+    other = {
+        "scaled": logits / 2,
+        "capped": 0.5 * torch.tanh(logits / 0.5),
+        "nan": logits * torch.nan,
+    }
     with pytest.raises(ConfigError, match="logits are not the output head applied to the last"):
         check_head(scores, other[change], IDS)
 
