@@ -264,6 +264,35 @@ def publish(
     return manifest
 
 
+def wait_until_visible(directory: Path, self_hash: str, *, seconds: float = 60.0) -> None:
+    """Wait until this machine sees a folder that another one has just published.
+
+    Network file systems may remember for a while that a name did not exist.
+
+    Args:
+        directory: Published folder.
+        self_hash: ``self_hash`` of its manifest, as the writer knows it.
+        seconds: Longest wait.
+
+    Raises:
+        DataError: It did not appear in time.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        os.listdir(directory.parent)
+        try:
+            if read_manifest(directory)["self_hash"] == self_hash:
+                return
+        except DataError:
+            pass
+        if time.monotonic() > deadline:
+            raise DataError(
+                f"{directory} was published by another rank but is not visible here after"
+                f" {seconds:.0f} s; it must lie on a file system that all nodes share."
+            )
+        time.sleep(0.2)
+
+
 def read_manifest(directory: Path, kind: str | None = None) -> dict[str, Any]:
     """Read and check ``directory/manifest.json`` (not the files it lists).
 

@@ -9,6 +9,8 @@ class ForgetScaleError(Exception):
     """Base of every error this package raises on purpose."""
 
     exit_code = 1
+    said_elsewhere = False
+    """True on a rank whose error another rank prints."""
 
 
 class ConfigError(ForgetScaleError):

@@ -32,3 +32,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory):
 def runs(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Finished runs of the tiny world."""
     return Runs(ranks, tmp_path_factory.mktemp("worlds"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="write tests/golden/losses.txt")

@@ -13,7 +13,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from forgetscale.artifact import publish, read_manifest
+from forgetscale.artifact import (
+    fsync_path,
+    hash_file,
+    publish,
+    read_manifest,
+    wait_until_visible,
+)
 from forgetscale.errors import CheckpointError, DataError, ForgetScaleError
 from forgetscale.models.weights import INDEX_FILE, SINGLE_FILE
 from forgetscale.zero3 import Slice, World, ZeroEngine
@@ -85,18 +91,36 @@ def export_model(
     """
     name = f".{directory.name}.tmp-{secrets.token_hex(4)}" if world.is_main else ""
     temporary = directory.with_name(world.broadcast(name))
-    if directory.exists():
-        read_manifest(directory, KIND)
+    self_hash = ""
+
+    def start() -> None:
+        if world.is_main:
+            if directory.exists():
+                read_manifest(directory, KIND)
+            temporary.mkdir(parents=True)
+
     try:
-        _step(world, directory, lambda: temporary.mkdir(parents=True) if world.is_main else None)
-        _write_weights(engine, temporary, directory, world, max_file_bytes)
+        _step(world, directory, start)
+        hashes = _write_weights(engine, temporary, directory, world, max_file_bytes)
 
         def finish() -> None:
+            nonlocal self_hash
             if world.is_main:
                 copy_side_files(source, temporary, dtype)
-                publish(temporary, directory, kind=KIND, payload=payload, inputs={}, recipe=recipe)
+                manifest = publish(
+                    temporary,
+                    directory,
+                    kind=KIND,
+                    payload=payload,
+                    inputs={},
+                    recipe=recipe,
+                    known_hashes=hashes,
+                )
+                self_hash = manifest["self_hash"]
 
         _step(world, directory, finish)
+        self_hash = world.broadcast(self_hash)
+        _step(world, directory, lambda: wait_until_visible(directory, self_hash))
     except ForgetScaleError:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -119,9 +143,10 @@ def _step(world: World, directory: Path, work: Any) -> None:
 
 def _write_weights(
     engine: ZeroEngine, temporary: Path, directory: Path, world: World, max_bytes: int
-) -> None:
+) -> dict[str, str]:
     files = plan_files(engine.shards.slices, max_bytes)
     index: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     total = 0
     for number, items in enumerate(files):
         name = (
@@ -141,8 +166,15 @@ def _write_weights(
         def write(tensors: dict[str, Tensor] = tensors, path: Path = temporary / name) -> None:
             if tensors:
                 safetensors.torch.save_file(tensors, path, {"format": "pt"})
+                fsync_path(path)
+                hashes[path.name] = hash_file(path)
 
         _step(world, directory, write)
-    if len(files) > 1 and world.is_main:
-        content = {"metadata": {"total_size": total}, "weight_map": index}
-        (temporary / INDEX_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+    def write_index() -> None:
+        if len(files) > 1 and world.is_main:
+            content = {"metadata": {"total_size": total}, "weight_map": index}
+            (temporary / INDEX_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+    _step(world, directory, write_index)
+    return {name: digest for part in world.gather_objects(hashes) for name, digest in part.items()}

@@ -164,13 +164,9 @@ class CheckpointStore:
         hashes: dict[str, str] = {}
         try:
             try:
-                self._write(temporary, engine, method_state)
+                files = self._write(temporary, engine, method_state)
+                hashes = self._flush(temporary, files)
             except (OSError, RuntimeError) as found:
-                error = found
-            self._world.agree(self._wrapped(error))
-            try:
-                hashes = self._hash_share(temporary)
-            except OSError as found:
                 error = found
             self._world.agree(self._wrapped(error))
             parts = self._world.gather_objects(hashes)
@@ -198,16 +194,21 @@ class CheckpointStore:
         temporary.mkdir()
         return temporary
 
-    def _write(self, folder: Path, engine: ZeroEngine, method_state: Mapping[str, Any]) -> None:
-        engine.save_files(folder)
+    def _write(
+        self, folder: Path, engine: ZeroEngine, method_state: Mapping[str, Any]
+    ) -> list[Path]:
+        files = engine.save_files(folder)
         (folder / "rng").mkdir(exist_ok=True)
         rng = folder / "rng" / f"rank-{self._world.rank:05d}.json"
         rng.write_text(json.dumps(_rng_state()), encoding="utf-8")
+        files.append(rng)
         if self._world.is_main:
             torch.save(dict(method_state), folder / METHOD_FILE)
+            files.append(folder / METHOD_FILE)
+        return files
 
-    def _hash_share(self, folder: Path) -> dict[str, str]:
-        files = list_files(folder)[self._world.rank :: self._world.size]
+    def _flush(self, folder: Path, files: list[Path]) -> dict[str, str]:
+        # By the rank that wrote them: another node's cache cannot vouch for a file.
         hashes = {}
         for path in files:
             fsync_path(path)
@@ -217,6 +218,12 @@ class CheckpointStore:
     def _commit(
         self, temporary: Path, final: Path, state: RunState, known: Mapping[str, str]
     ) -> None:
+        listed = {path.relative_to(temporary).as_posix() for path in list_files(temporary)}
+        if differing := sorted(listed ^ set(known)):
+            raise CheckpointError(
+                f"{temporary / differing[0]} was written by one rank but is not what rank 0 sees;"
+                " run.output_dir must lie on a file system that all nodes share."
+            )
         publish(
             temporary,
             final,
@@ -239,28 +246,51 @@ class CheckpointStore:
     def find(self) -> RunState | None:
         """Return the state of the newest checkpoint that verifies, or None if there is none.
 
-        A folder that fails is renamed to ``.bad`` and the one before it is tried. Ranks share
+        A folder that fails is renamed to ``.bad-...`` and the one before it is tried. Ranks share
         the hashing and agree on the outcome. Collective: every rank must call it.
+
+        Raises:
+            CheckpointError: There are checkpoints but none is good, or the file system fails;
+                starting from nothing in silence would throw the run away.
         """
-        for step in reversed(self._world.broadcast(self.steps())):
+        steps = self._world.broadcast(self.steps())
+        for step in reversed(steps):
             path = self.path(step)
             problem = None
+            error: OSError | None = None
             manifest: dict[str, Any] = {}
             try:
                 manifest = read_manifest(path, KIND)
                 share = sorted(manifest["files"])[self._world.rank :: self._world.size]
                 verify_artifact(path, KIND, only=None if self._world.size == 1 else share)
-            except (DataError, OSError) as error:
-                problem = str(error)
+            except DataError as found:
+                problem = str(found)
+            except OSError as found:
+                error = found
+            self._world.agree(self._unreadable(path, error))
             problems = [text for text in self._world.gather_objects(problem) if text]
             if not problems:
                 return RunState(**manifest["payload"])
             self._log(f"checkpoint: step {step} is damaged and set aside: {problems[0]}")
             self._set_aside(path)
+        if steps:
+            raise CheckpointError(
+                f"all {len(steps)} checkpoints in {self._directory} are damaged (set aside as"
+                " .bad); remove the folder to start the run from its beginning."
+            )
         return None
 
+    def _unreadable(self, path: Path, error: OSError | None) -> CheckpointError | None:
+        if error is None:
+            return None
+        return CheckpointError(
+            f"rank {self._world.rank} cannot read {path}: {error}; mend the file system and start"
+            " the same command again."
+        )
+
     def _set_aside(self, path: Path) -> None:
-        self._on_main(lambda: str(path.rename(path.with_name(path.name + ".bad"))))
+        aside = path.with_name(f"{path.name}.bad-{secrets.token_hex(4)}")
+        self._on_main(lambda: str(path.rename(aside)))
 
     def load(self, state: RunState, engine: ZeroEngine) -> dict[str, Any]:
         """Load a verified checkpoint into the engine; return the method's state.

@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     recipe = read_recipe(options)
     method = METHODS[recipe.method.kind](recipe.method)
     output: Path = options.output
-    with running_world(output.with_name(f"{output.name}.log")) as (world, log):
+    with running_world(output.parent / f"{output.name}-log") as (world, log):
         source = open_source(recipe, world)
         plan = make_plan(recipe, world, source, method, log)
         if plan is None:

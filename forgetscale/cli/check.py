@@ -6,11 +6,14 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from forgetscale.cli.inputs import check_inputs
 from forgetscale.cli.recipe_options import add_recipe_options, read_recipe, running_world
 from forgetscale.config import dump_recipe
 from forgetscale.engine.dry_run import Outlook, look_ahead, mock_steps
 from forgetscale.methods import METHODS
+from forgetscale.methods.hft import draw_half
 from forgetscale.zero3 import launcher_rank, launcher_world_size
 
 EXAMPLES = """examples:
@@ -39,7 +42,8 @@ def describe(outlook: Outlook, world_size: int) -> str:
         ("gradients", memory.gradients),
         ("gradient copy in the step", memory.step_gradients),
         ("logits of one chunk", memory.logits),
-        ("sum, activations not counted", memory.total),
+        ("sum on the device", memory.device),
+        ("sum in host memory (offload)", memory.host),
     ]
     tokens = outlook.num_steps * outlook.target_tokens_per_step
     lines = [
@@ -48,7 +52,7 @@ def describe(outlook: Outlook, world_size: int) -> str:
         f" tokens, {tokens:,} in all",
         f"operations per token  {outlook.flops_per_token:.3e},"
         f" {outlook.flops_per_token * tokens:.3e} in all",
-        f"memory per rank, {world_size} ranks:",
+        f"memory per rank, {world_size} ranks, activations not counted:",
         *(f"  {name:28s} {size / 1e9:10.3f} GB" for name, size in parts),
     ]
     return "\n".join(lines)
@@ -57,8 +61,16 @@ def describe(outlook: Outlook, world_size: int) -> str:
 def run(options: argparse.Namespace) -> None:
     """Run the command. Collective: every rank must call it."""
     recipe = read_recipe(options)
+    if not options.no_step:
+        check_inputs(recipe)
     world_size = options.world_size or launcher_world_size()
-    outlook = look_ahead(recipe, world_size)
+
+    def draw(structure: Any) -> frozenset[str]:
+        if recipe.method.kind == "hft":
+            return draw_half(structure, recipe.run.seed)
+        return frozenset()
+
+    outlook = look_ahead(recipe, world_size, draw)
     if launcher_rank() == 0:
         print(dump_recipe(recipe))
         print(describe(outlook, world_size), flush=True)

@@ -1,4 +1,7 @@
-"""Measure a model folder on tasks: perplexity, recall, compliance, refusal, code-mixing."""
+"""Measure a model folder on tasks: perplexity, recall, compliance, refusal, code-mixing.
+
+Each process loads a whole copy of the model and takes its share of the questions.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import argparse
 from pathlib import Path
 
 from forgetscale.cli.recipe_options import running_world
-from forgetscale.cli.train import full_evaluation
+from forgetscale.cli.train import measure_folder
 from forgetscale.config import EvaluateConfig
+from forgetscale.errors import ConfigError
 from forgetscale.evaluation import available_tasks
 
 EXAMPLES = """examples:
@@ -33,12 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command. Collective: every rank must call it."""
     tasks = tuple(options.tasks or available_tasks(options.task_dir))
-    config = EvaluateConfig(
-        tasks=tasks,
-        task_dir=options.task_dir,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-    )
+    if not tasks:
+        raise ConfigError(f"--task-dir {options.task_dir} holds no tasks; check the path.")
+    try:
+        config = EvaluateConfig(
+            tasks=tasks,
+            task_dir=options.task_dir,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+        )
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from error
     output: Path = options.output
-    with running_world(output.with_name(f"{output.name}.log")) as (_, log):
-        full_evaluation(config, options.model, output, options.seed, log)
+    with running_world(output.parent / f"{output.name}-log") as (_, log):
+        measure_folder(config, options.model, output, options.seed, log)

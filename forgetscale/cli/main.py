@@ -9,7 +9,13 @@ import sys
 from collections.abc import Sequence
 
 from forgetscale import __version__
-from forgetscale.errors import ConfigError, ForgetScaleError
+from forgetscale.errors import (
+    AuditError,
+    ConfigError,
+    ForgetScaleError,
+    NonFiniteError,
+    StoppedEarly,
+)
 
 COMMANDS = {
     "quickstart": "learn a language and measure what was forgotten, on this machine, in minutes",
@@ -64,14 +70,17 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+# Raised alike on every rank, so that rank 0 can speak for all.
+_COMMON = (ConfigError, AuditError, NonFiniteError, StoppedEarly)
+
+
 def _report_error(error: ForgetScaleError) -> None:
-    # A wrong recipe is wrong on every rank alike: one of them says so. Other errors may be known
-    # to a single rank.
     rank = int(os.environ.get("RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if isinstance(error, ConfigError) and rank != 0:
+    common = isinstance(error, _COMMON)
+    if error.said_elsewhere or (common and rank != 0):
         return
-    where = f" (rank {rank})" if size > 1 and not isinstance(error, ConfigError) else ""
+    where = f" (rank {rank})" if size > 1 and not common else ""
     print(f"forgetscale: error{where}: {error}", file=sys.stderr, flush=True)
 
 
@@ -85,6 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ForgetScaleError as error:
         _report_error(error)
         return error.exit_code
+    except OSError as error:
+        name = "" if error.filename is None else f"{error.filename}: "
+        print(f"forgetscale: error: {name}{error.strerror or error}", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         print("forgetscale: interrupted", file=sys.stderr)
         return 130

@@ -13,7 +13,8 @@ import yaml
 from forgetscale.artifact import read_manifest, write_json
 from forgetscale.cli.stages import Terminal, forgetscale_command, run_stage
 from forgetscale.config import validate_recipe
-from forgetscale.errors import DataError
+from forgetscale.engine import check_run_folder
+from forgetscale.errors import ConfigError, DataError
 from forgetscale.testbed import ensure_world
 
 METHOD_NAMES = (
@@ -94,10 +95,26 @@ class Miniature:
         assert self._world is not None
         return self._world
 
-    def prepare(self) -> None:
-        """Build the world, its token sets and the source model; measure the source model."""
+    def generate(self) -> None:
+        """Build the world, or find it. Worlds are drawn one after another: torch's seed is global.
+
+        Raises:
+            ConfigError: The folder was made from another world (another version of the testbed).
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._world = ensure_world(self.output / "worlds", self.seed)
+        marker = self.folder / "world.txt"
+        if not marker.is_file():
+            marker.write_text(self.world.name + "\n", encoding="utf-8")
+        made_from = marker.read_text(encoding="utf-8").strip()
+        if made_from != self.world.name:
+            raise ConfigError(
+                f"{self.folder} was made from {made_from}, this version makes {self.world.name};"
+                " choose another --output or remove the folder."
+            )
+
+    def prepare(self) -> None:
+        """Make token sets and the source model; measure the source model."""
         if self.ds_config is None:
             self.ds_config = self.output / "zero3.json"
             if not self.ds_config.is_file():
@@ -154,9 +171,9 @@ class Miniature:
         run_stage(label, command, self._log(f"build-{name}"), self.terminal, threads=self.threads)
 
     def _train(self, name: str, recipe: dict[str, Any]) -> Path:
-        validate_recipe(recipe)
         run_dir = Path(recipe["run"]["output_dir"])
         wants_results = bool(recipe.get("evaluate", {}).get("tasks"))
+        check_run_folder(validate_recipe(recipe))
         finished = self._exists(run_dir / "export", "model_export") and (
             not wants_results or self._exists(run_dir / "results" / "final", "result")
         )

@@ -23,7 +23,7 @@ EXAMPLES = """examples:
   forgetscale quickstart --methods sft ssu/paper hft --seeds 3 --output runs/three-seeds
   forgetscale quickstart --seeds 7 8 9 --ranks 1 --jobs 2       two runs side by side
 
---seeds N (one number below 7 that is no list) means seeds 1..N; a list names them.
+--seeds 3 means the seeds 1, 2 and 3; a list of several numbers names them.
 """
 
 
@@ -50,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def seed_list(given: list[int]) -> list[int]:
-    """Return the seeds: 1..N for one small number, else the numbers themselves."""
+    """Return the seeds: 1..N for one number, else the numbers themselves."""
     if any(seed < 1 for seed in given):
         raise ConfigError(f"--seeds must be >= 1, got {min(given)}.")
-    if len(given) == 1 and given[0] < 7:
+    if len(given) == 1:
         return list(range(1, given[0] + 1))
     return list(dict.fromkeys(given))
 
@@ -75,6 +75,8 @@ def run(options: argparse.Namespace) -> None:
         Miniature(options.output, seed, options.ranks, threads, terminal, options.ds_config)
         for seed in seed_list(options.seeds)
     ]
+    for world in worlds:
+        world.generate()
     with ThreadPoolExecutor(options.jobs) as pool:
         for done in [pool.submit(world.prepare) for world in worlds]:
             done.result()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from forgetscale.cli.inputs import check_inputs
 from forgetscale.cli.recipe_options import add_recipe_options, read_recipe, running_world
-from forgetscale.config import EvaluateConfig, Recipe
-from forgetscale.engine import RunLog, open_run_folder, train
-from forgetscale.errors import ForgetScaleError
+from forgetscale.config import EvaluateConfig, Recipe, recipe_dict
+from forgetscale.engine import RunLog, StopRequest, check_run_folder, open_run_folder, train
+from forgetscale.errors import StoppedEarly
 from forgetscale.evaluation import LiveEvaluator, ProcessGroupCollective, evaluate_model
+from forgetscale.evaluation.report import build_report
 from forgetscale.evaluation.reuse import is_live_task, results_match
 from forgetscale.methods import METHODS
 from forgetscale.zero3 import World, ZeroEngine
@@ -39,6 +43,7 @@ class _LiveModel:
     def __init__(self, engine: ZeroEngine) -> None:
         self._engine = engine
 
+    @torch.no_grad()
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Score right-padded rows; causal attention keeps padding out of earlier positions."""
         device = self._engine.world.device
@@ -68,12 +73,22 @@ def live_evaluation(recipe: Recipe) -> Callable[[ZeroEngine], list[dict[str, Any
     return measure
 
 
-def full_evaluation(
-    config: EvaluateConfig, model: Path, output: Path, seed: int, log: RunLog
+def full_evaluation(recipe: Recipe, model: Path, output: Path, log: RunLog) -> None:
+    """Measure the recipe's tasks on a model folder; see ``measure_folder``."""
+    measure_folder(recipe.evaluate, model, output, recipe.run.seed, log, recipe_dict(recipe))
+
+
+def measure_folder(
+    config: EvaluateConfig,
+    model: Path,
+    output: Path,
+    seed: int,
+    log: RunLog,
+    recipe: Mapping[str, Any] | None = None,
 ) -> None:
     """Measure all tasks on a model folder, unless ``output`` holds that measurement already.
 
-    Collective: every rank must call it.
+    Collective: every rank must call it. Each rank loads a whole copy of the model.
     """
     assert config.task_dir is not None
     collective = ProcessGroupCollective()
@@ -92,38 +107,45 @@ def full_evaluation(
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
         seed=seed,
+        recipe=recipe,
         replace=True,
         log_path=log.path,
     )
     log(f"evaluated {model} -> {output}")
 
 
+def _stop_if_asked(world: World, stop: StopRequest) -> None:
+    if float(world.sum(torch.tensor([float(stop.requested)]))):
+        raise StoppedEarly("stopped on request; start the same command again to go on.")
+
+
+def _write_report(output: Path, log: RunLog) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        log("no report.html: matplotlib is not installed (pip install 'forgetscale[report]')")
+        return
+    log(f"report: {build_report([output], output)}")
+
+
 def run(options: argparse.Namespace) -> None:
     """Run the command. Collective: every rank must call it."""
     recipe = read_recipe(options)
+    check_run_folder(recipe)
     output = recipe.run.output_dir
     method = METHODS[recipe.method.kind](recipe.method)
     with running_world(output) as (world, log):
-        _open_folder(recipe, world)
-        log(f"run {recipe.run.name}: {recipe.method.kind} on {world.size} ranks -> {output}")
-        if recipe.evaluate.tasks:
-            source = output / "results" / "source"
-            full_evaluation(recipe.evaluate, recipe.model.path, source, recipe.run.seed, log)
-        train(recipe, method, world, log, live_evaluation(recipe))
-        if recipe.evaluate.tasks and recipe.train.export:
-            final = output / "results" / "final"
-            full_evaluation(recipe.evaluate, output / "export", final, recipe.run.seed, log)
-        log("done")
-
-
-def _open_folder(recipe: Recipe, world: World) -> None:
-    error: ForgetScaleError | None = None
-    if world.is_main:
+        stop = StopRequest()
         try:
-            open_run_folder(recipe)
-        except ForgetScaleError as found:
-            error = found
-    # The same sentence on all ranks: rank 0 prints it, the others only need to stop.
-    error = world.broadcast(error)
-    if error is not None:
-        raise error
+            world.on_main(lambda: check_inputs(recipe))
+            world.on_main(lambda: open_run_folder(recipe))
+            log(f"run {recipe.run.name}: {recipe.method.kind} on {world.size} ranks -> {output}")
+            if recipe.evaluate.tasks:
+                full_evaluation(recipe, recipe.model.path, output / "results" / "source", log)
+                _stop_if_asked(world, stop)
+            train(recipe, method, world, log, stop, live_evaluation(recipe))
+            if recipe.evaluate.tasks:
+                _stop_if_asked(world, stop)
+                full_evaluation(recipe, output / "export", output / "results" / "final", log)
+                world.on_main(lambda: _write_report(output, log))
+        finally:
+            stop.close()
+        log("done")

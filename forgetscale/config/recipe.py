@@ -6,6 +6,7 @@ and never in the DeepSpeed JSON (see ``forgetscale.config.deepspeed``).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -193,11 +194,16 @@ class OptimConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         _require(self.lr > 0, f"lr must be > 0, got {self.lr}")
+        _require(math.isfinite(self.lr), f"lr must be finite, got {self.lr}")
         _require(
             0 <= self.warmup_fraction < 1,
             f"warmup_fraction must lie in [0, 1), got {self.warmup_fraction}",
         )
         _require(self.weight_decay >= 0, f"weight_decay must be >= 0, got {self.weight_decay}")
+        _require(
+            math.isfinite(self.weight_decay),
+            f"weight_decay must be finite, got {self.weight_decay}",
+        )
         _require(
             all(0 <= beta < 1 for beta in self.betas), f"betas must lie in [0, 1), got {self.betas}"
         )
@@ -283,6 +289,13 @@ class EvaluateConfig:
         for name in ("every_steps", "batch_size", "max_new_tokens"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be > 0, got {value}")
+        _require(self.every_steps is None or bool(self.tasks), "every_steps needs tasks to measure")
+        _require(
+            self.live_tasks is None or self.every_steps is not None,
+            "live_tasks need every_steps, how often they are measured",
+        )
+        unknown = [name for name in self.live_tasks or () if name not in self.tasks]
+        _require(not unknown, f"live_tasks names {unknown[:1]}, which tasks does not")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -300,3 +313,15 @@ class Recipe:
     """DeepSpeed JSON: only what DeepSpeed alone knows."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        """Check clashes between sections."""
+        train, evaluate = self.train, self.evaluate
+        _require(
+            self.model.dtype == "bfloat16" or train.accumulation_dtype == "float32",
+            "train.accumulation_dtype must be float32 where model.dtype is float32",
+        )
+        _require(
+            not evaluate.tasks or train.export,
+            "evaluate.tasks are measured on the export, so train.export must be true",
+        )

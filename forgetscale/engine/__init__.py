@@ -1,6 +1,6 @@
 """The training loop and what surrounds it: run folder, calibration, audit, metrics."""
 
-from forgetscale.engine.folder import open_run_folder
+from forgetscale.engine.folder import check_run_folder, open_run_folder
 from forgetscale.engine.metrics import RunLog
 from forgetscale.engine.run import (
     export_checkpoint,
@@ -9,9 +9,12 @@ from forgetscale.engine.run import (
     train,
     write_plan,
 )
+from forgetscale.engine.stop import StopRequest
 
 __all__ = [
+    "check_run_folder",
     "RunLog",
+    "StopRequest",
     "export_checkpoint",
     "make_plan",
     "open_run_folder",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,7 +14,7 @@ from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import TokenSet, open_stream, require_same_tokenizer
 from forgetscale.engine.estimate import MemoryEstimate, estimate_memory, flops_per_token
-from forgetscale.engine.loop import micro_batches
+from forgetscale.engine.loop import accumulate, micro_batches
 from forgetscale.engine.metrics import memory_bytes
 from forgetscale.engine.run import (
     num_train_steps,
@@ -45,11 +47,18 @@ class Trial:
     memory_bytes: int
 
 
-def look_ahead(recipe: Recipe, world_size: int) -> Outlook:
-    """Compute the needs of a recipe from configuration files alone; no weights, no ranks."""
+def look_ahead(recipe: Recipe, world_size: int, draw: Callable[[Any], frozenset[str]]) -> Outlook:
+    """Compute the needs of a recipe from configuration files alone; no weights, no ranks.
+
+    Args:
+        recipe: Resolved recipe.
+        world_size: Number of ranks.
+        draw: Tells from the model's structure which parameters will be frozen whole.
+    """
     config = read_model_config(recipe.model.path, recipe.model.attn_implementation)
     skeleton = build_skeleton(config)
     shapes = parameter_shapes(skeleton)
+    frozen_whole = draw(skeleton)
     block = TokenSet(recipe.data.path).block_size
     embedding = skeleton.get_input_embeddings().weight
     tied = skeleton.get_output_embeddings().weight is embedding
@@ -61,7 +70,14 @@ def look_ahead(recipe: Recipe, world_size: int) -> Outlook:
         flops_per_token=flops_per_token(
             shapes, "" if tied else name, config.num_hidden_layers, config.hidden_size, block
         ),
-        memory=estimate_memory(recipe, shapes, config.vocab_size, world_size),
+        memory=estimate_memory(
+            recipe,
+            shapes,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            world_size=world_size,
+            frozen_whole=frozen_whole,
+        ),
     )
 
 
@@ -90,11 +106,7 @@ def mock_steps(recipe: Recipe, method: Method, world: World) -> Trial:
         rows = next(stream).input_ids
         start = time.perf_counter()
         batches = list(micro_batches(rows, recipe.train.micro_batch_size, count))
-        loss_sum = 0.0
-        for number, (ids, labels) in enumerate(batches):
-            loss = engine(ids.to(world.device), labels.to(world.device), method.loss)
-            loss_sum += float(loss.detach())
-            engine.backward(loss * (world.size / num_targets), last=number == count - 1)
+        loss_sum = float(accumulate(engine, method.loss, batches, num_targets))
         engine.shards.freeze(decay=0.0)
         engine.step(lr=0.0)
         seconds = time.perf_counter() - start

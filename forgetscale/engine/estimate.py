@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from forgetscale.config import Recipe
-from forgetscale.masks import FreezePlan
+from forgetscale.config.deepspeed import read_deepspeed
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -25,29 +25,32 @@ class MemoryEstimate:
     gradients: int
     """Accumulation buffer of trained slices."""
     step_gradients: int
-    """fp32 copy of the gradients while the optimizer steps."""
+    """fp32 copy of one sub-group's gradients while the optimizer steps."""
     logits: int
-    """Logits of one chunk and their gradient."""
+    """Logits of one chunk and their gradient, and the fp32 gradient of the output head."""
+    offloaded: bool
+    """True if masters, moments and the step's gradients live in host memory."""
 
     @property
-    def total(self) -> int:
-        """Sum of the parts."""
-        return (
-            self.weights
-            + self.master_weights
-            + self.moments
-            + self.gradients
-            + self.step_gradients
-            + self.logits
-        )
+    def host(self) -> int:
+        """Bytes in host memory through offload."""
+        return self.master_weights + self.moments + self.step_gradients if self.offloaded else 0
+
+    @property
+    def device(self) -> int:
+        """Bytes where the model computes."""
+        parts = (self.weights, self.master_weights, self.moments, self.gradients)
+        return sum(parts) + self.step_gradients + self.logits - self.host
 
 
 def estimate_memory(
     recipe: Recipe,
     shapes: Mapping[str, tuple[int, ...]],
+    *,
     vocab_size: int,
+    hidden_size: int,
     world_size: int,
-    plan: FreezePlan | None = None,
+    frozen_whole: frozenset[str] = frozenset(),
 ) -> MemoryEstimate:
     """Estimate the lasting memory of one rank in the masked layout.
 
@@ -55,22 +58,26 @@ def estimate_memory(
         recipe: Resolved recipe.
         shapes: Parameter shapes of the model.
         vocab_size: Rows of the output head.
+        hidden_size: Columns of the output head.
         world_size: Number of ranks.
-        plan: Freeze plan; whole frozen parameters carry no state, frozen columns still do.
+        frozen_whole: Parameters that are frozen whole and carry no state; frozen columns do.
     """
-    whole = frozenset() if plan is None else plan.whole
     slices = {name: -(-math.prod(shape) // world_size) for name, shape in shapes.items()}
     held = sum(slices.values())
-    trained = sum(size for name, size in slices.items() if name not in whole)
+    trained = sum(size for name, size in slices.items() if name not in frozen_whole)
     width = _BYTES[recipe.model.dtype]
+    zero = read_deepspeed(recipe.deepspeed)["zero_optimization"]
+    offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu"
+    group = trained if offloaded else min(trained, int(zero.get("sub_group_size", 1e9)))
     accumulation = 4 if width == 4 else _BYTES[recipe.train.accumulation_dtype]
     return MemoryEstimate(
         weights=width * held,
         master_weights=4 * trained,
         moments=8 * trained,
         gradients=accumulation * trained,
-        step_gradients=4 * trained,
-        logits=recipe.train.loss_chunk_size * vocab_size * (4 + 4 + width),
+        step_gradients=4 * group,
+        logits=vocab_size * (recipe.train.loss_chunk_size * (4 + 4 + width) + 4 * hidden_size),
+        offloaded=offloaded,
     )
 
 

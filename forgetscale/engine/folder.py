@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from forgetscale.artifact import provenance, write_json
 from forgetscale.config import Recipe, dump_recipe, read_yaml, recipe_dict
+from forgetscale.config.deepspeed import read_deepspeed
 from forgetscale.errors import ConfigError
 
 RECIPE_FILE = "recipe.yaml"
+DEEPSPEED_FILE = "deepspeed.json"
 _MAY_CHANGE = (
     "run.name",
     "run.output_dir",
@@ -43,13 +46,8 @@ def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str |
     return None
 
 
-def open_run_folder(recipe: Recipe) -> bool:
-    """Create the run folder, or check that it holds this recipe's run.
-
-    Call on one process only.
-
-    Returns:
-        True if a run was started here before.
+def check_run_folder(recipe: Recipe) -> None:
+    """Check that the run folder is free or holds this recipe's run; writes nothing.
 
     Raises:
         ConfigError: The folder holds another recipe's run or something that is no run.
@@ -58,25 +56,45 @@ def open_run_folder(recipe: Recipe) -> bool:
     stored = directory / RECIPE_FILE
     if stored.is_file():
         difference = first_difference(read_yaml(stored), recipe_dict(recipe))
-        worked = any((directory / name).exists() for name in _WORK)
-        if difference is not None and worked:
+        kept = directory / DEEPSPEED_FILE
+        if difference is None and kept.is_file():
+            if json.loads(kept.read_bytes()) != read_deepspeed(recipe.deepspeed):
+                difference = f"the content of {recipe.deepspeed} has changed since"
+        # Without work in it a folder is a start that failed; its recipe may be corrected.
+        if difference is not None and any((directory / name).exists() for name in _WORK):
             raise ConfigError(
                 f"run.output_dir {directory} holds another recipe's run ({difference}); choose"
                 " another folder or remove this one."
             )
-        if difference is None:
-            return True
-        # A start that failed before any work, and the recipe was corrected since.
     elif directory.exists():
-        foreign = sorted(set(os.listdir(directory)) - _MAY_STAND_BEFORE)
-        if foreign:
+        names = {name for name in os.listdir(directory) if not name.startswith(".")}
+        if foreign := sorted(names - _MAY_STAND_BEFORE):
             raise ConfigError(
                 f"run.output_dir {directory} holds {foreign[0]!r} but no {RECIPE_FILE}; it is not"
                 " a run folder, choose another."
             )
+
+
+def open_run_folder(recipe: Recipe) -> bool:
+    """Create the run folder with the resolved recipe, or find this recipe's run in it.
+
+    Call on one process only.
+
+    Returns:
+        True if this recipe was started here before.
+
+    Raises:
+        ConfigError: The folder holds another recipe's run or something that is no run.
+    """
+    check_run_folder(recipe)
+    directory = recipe.run.output_dir
+    stored = directory / RECIPE_FILE
+    if stored.is_file() and first_difference(read_yaml(stored), recipe_dict(recipe)) is None:
+        return True
     directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / DEEPSPEED_FILE, read_deepspeed(recipe.deepspeed))
+    write_json(directory / "made_by.json", provenance(recipe_dict(recipe)))
     temporary = directory / f".{RECIPE_FILE}.tmp"
     temporary.write_text(dump_recipe(recipe), encoding="utf-8")
     temporary.replace(stored)
-    write_json(directory / "made_by.json", provenance(recipe_dict(recipe)))
     return False

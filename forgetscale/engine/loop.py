@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from forgetscale.engine.metrics import MetricsLog, memory_bytes
 from forgetscale.engine.stop import StopRequest
 from forgetscale.errors import NonFiniteError, StoppedEarly
 from forgetscale.ops import IGNORE_INDEX
+from forgetscale.ops.losses import LossFunction
 from forgetscale.ops.schedule import learning_rate
 from forgetscale.progress import Progress
 from forgetscale.zero3 import World, ZeroEngine
@@ -87,6 +88,35 @@ def micro_batches(
         yield ids, labels
 
 
+def accumulate(
+    engine: ZeroEngine,
+    loss_function: LossFunction,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    num_targets: int,
+) -> Tensor:
+    """Run forward and backward over a step's micro-batches.
+
+    The loss of a micro-batch is a sum; dividing by the step's global count makes the mean over
+    ranks and micro-batches exact however unevenly targets are spread.
+
+    Args:
+        engine: The model.
+        loss_function: Sum over positions.
+        batches: This rank's micro-batches, as many as every other rank has.
+        num_targets: Target tokens of the step over all ranks.
+
+    Returns:
+        This rank's summed loss, fp32. Collective: every rank must call it.
+    """
+    world = engine.world
+    loss_sum = torch.zeros((), dtype=torch.float32, device=world.device)
+    for number, (ids, labels) in enumerate(batches):
+        loss = engine(ids.to(world.device), labels.to(world.device), loss_function)
+        loss_sum += loss.detach()
+        engine.backward(loss * (world.size / num_targets), last=number == len(batches) - 1)
+    return loss_sum
+
+
 def train_step(job: Training, rows: Tensor, step: int) -> StepResult:
     """Do one optimizer step. Collective: every rank must call it.
 
@@ -104,14 +134,7 @@ def train_step(job: Training, rows: Tensor, step: int) -> StepResult:
     targets = torch.tensor([sum(int((y[:, 1:] != IGNORE_INDEX).sum()) for _, y in batches)])
     num_targets = int(world.sum(targets))
 
-    # The loss of a micro-batch is a sum; dividing by the step's global count here makes the mean
-    # over ranks and micro-batches exact however unevenly targets are spread.
-    loss_sum = torch.zeros((), dtype=torch.float32, device=world.device)
-    for number, (ids, labels) in enumerate(batches):
-        loss = engine(ids.to(world.device), labels.to(world.device), job.method.loss)
-        loss_sum += loss.detach()
-        engine.backward(loss * (world.size / num_targets), last=number == len(batches) - 1)
-
+    loss_sum = accumulate(engine, job.method.loss, batches, num_targets)
     shards = engine.shards
     if overrides(job.method, EDITS_GRADIENTS):
         job.method.transform_gradients(shards, step)
@@ -202,12 +225,14 @@ def train_loop(job: Training) -> RunState:
             _log_step(job, result, seconds)
             progress.update(step, f"loss {result.loss:.4f}")
             last = step == job.num_steps
-            if last or step % train.audit_every_steps == 0 or result.stop:
+            saves = last or step % train.checkpoint_every_steps == 0 or result.stop
+            if saves or step % train.audit_every_steps == 0:
                 job.audit.check(step)
-            if last or step % train.checkpoint_every_steps == 0 or result.stop:
-                _save(job)
+            # Measured before it is saved: a run killed in between measures this step again.
             if last or (every is not None and step % every == 0):
                 _evaluate(job)
+            if saves:
+                _save(job)
             if result.stop and not last:
                 raise StoppedEarly(
                     f"stopped on request after step {step} of {job.num_steps}; the checkpoint is"

@@ -159,9 +159,7 @@ def make_plan(
 
 def write_plan(directory: Path, plan: FreezePlan, recipe: Recipe, world: World) -> None:
     """Write the plan artefact on rank 0. Collective: every rank must call it."""
-    if world.is_main:
-        save_plan(directory, plan, recipe_dict(recipe))
-    world.barrier()
+    world.on_main(lambda: save_plan(directory, plan, recipe_dict(recipe)))
 
 
 def settle_plan(
@@ -190,10 +188,28 @@ def settle_plan(
             f"freeze plan {path} was made for another model (hash {str(made_for)[:12]}, this model"
             f" has {source.content_hash[:12]}); make the plan again with forgetscale calibrate."
         )
+    _check_plan_recipe(path, plan, recipe)
     plan.check_model(source.shapes)
     if not found:
         write_plan(kept, plan, recipe, world)
     return plan
+
+
+def _check_plan_recipe(path: Path, plan: FreezePlan, recipe: Recipe) -> None:
+    section = recipe_dict(recipe)["method"]
+    expected = {"method": section["kind"]}
+    for name in ("score", "frozen_fraction", "vectors", "shield_token_ids"):
+        if name in section:
+            expected[name] = section[name]
+    if section.get("score") == "rand" or section["kind"] == "hft":
+        expected["seed"] = recipe.run.seed
+    for name, wanted in expected.items():
+        if (made := plan.provenance.get(name)) != wanted:
+            field = {"method": "method.kind", "seed": "run.seed"}.get(name, f"method.{name}")
+            raise ConfigError(
+                f"freeze plan {path} was made with {field} {made!r}, the recipe says {wanted!r};"
+                " change the recipe or make the plan again with forgetscale calibrate."
+            )
 
 
 def num_train_steps(recipe: Recipe, block_size: int) -> int:
@@ -218,6 +234,7 @@ def train(
     method: Method,
     world: World,
     log: RunLog,
+    stop: StopRequest,
     evaluate: Evaluate | None = None,
 ) -> RunState:
     """Run a recipe to its end, resuming from the newest good checkpoint if there is one.
@@ -227,6 +244,7 @@ def train(
         method: The protection.
         world: This process among all.
         log: Log of the run.
+        stop: Knows whether this process was asked to stop.
         evaluate: Measures the live model, or None.
 
     Collective: every rank must call it.
@@ -250,7 +268,6 @@ def train(
         world_size=world.size,
         cursor=state.cursor,
     )
-    stop = StopRequest()
     metrics = MetricsLog(output, visible=world.is_main, step=state.step)
     progress = Progress(
         num_steps, "train", done=state.step, log_path=log.path, visible=world.is_main
@@ -274,7 +291,6 @@ def train(
     try:
         state = train_loop(job)
     finally:
-        stop.close()
         metrics.close()
     if recipe.train.export:
         export_run(recipe, world, source, plan, engine, state, output / EXPORT_FOLDER, log)

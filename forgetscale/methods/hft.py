@@ -88,7 +88,12 @@ class Hft(Unprotected):
 
     def prepare(self, calibration: Calibration) -> FreezePlan:
         """Draw the plan from ``run.seed``."""
-        provenance = {"method": "hft", "frozen_fraction": 0.5, **calibration.provenance()}
+        provenance = {
+            "method": "hft",
+            "frozen_fraction": 0.5,
+            "seed": calibration.seed,
+            **calibration.provenance(),
+        }
         return FreezePlan(
             whole=draw_half(calibration.structure, calibration.seed), provenance=provenance
         )

@@ -48,10 +48,9 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants_hidden, wants_weight, wants_bias = wants
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        bias_grad = (
-            torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
-        )
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight_grad = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=wide) if wants_bias and bias is not None else None
         for start in range(0, hidden.shape[0], chunk_size):
             part = slice(start, start + chunk_size)
             chunk = hidden[part]
@@ -69,21 +68,26 @@ class _ChunkedLoss(torch.autograd.Function):
             if weight_grad is not None:
                 weight_grad += logits_grad.t() @ chunk
             if bias_grad is not None:
-                bias_grad += logits_grad.float().sum(0)
-        ctx.save_for_backward(
-            hidden_grad,
-            weight_grad if weight_grad is None else weight_grad.to(weight.dtype),
-            bias_grad if bias_grad is None or bias is None else bias_grad.to(bias.dtype),
-        )
+                bias_grad += logits_grad.to(wide).sum(0)
+        ctx.found = (hidden_grad, weight_grad, bias_grad)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grads
-        found = [
-            None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors
-        ]
-        return (*found, None, None, None, None)
+        if ctx.found is None:
+            raise RuntimeError("the chunked loss can be differentiated once; run forward again")
+        scaled: list[Tensor | None] = []
+        for grad, dtype in zip(ctx.found, ctx.dtypes, strict=True):
+            if grad is None:
+                scaled.append(None)
+                continue
+            # In fp32 or better, rounded once: a bf16 factor would bias all gradients alike.
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            scaled.append(grad.to(wide).mul_(scale.to(wide)).to(dtype))
+        ctx.found = None
+        return (*scaled, None, None, None, None)
 
 
 def chunked_loss(

@@ -110,16 +110,7 @@ def _fill(root: Path, seed: int, size: WorldSize) -> dict[str, Any]:
     description = {"lexicon": lexicons, **described}
     _write(root / "world.json", json.dumps(description, ensure_ascii=False, indent=1).encode())
 
-    spoken = [f" {turn['content']}" for row in rows for turn in row["messages"]]
-    num_target = round(len(source_pages) * TARGET_FRACTION)
-    model = train_sentencepiece(
-        (
-            sentence
-            for piece in (*source_pages, *spoken, *target_pages[:num_target])
-            for sentence in piece.split("\n")
-        ),
-        size.vocab_size,
-    )
+    model = _train_tokenizer(source_pages, rows, target_pages, size.vocab_size)
     save_tokenizer(model, root / "tokenizer")
     num_parameters = save_initial_model(
         root / "init", seed=seed, size=size, vocab_size=size.vocab_size
@@ -142,6 +133,20 @@ def _fill(root: Path, seed: int, size: WorldSize) -> dict[str, Any]:
             "chat": rows[0]["messages"],
         },
     }
+
+
+def _train_tokenizer(
+    source_pages: list[str],
+    rows: list[dict[str, Any]],
+    target_pages: list[str],
+    vocab_size: int,
+) -> bytes:
+    """Train on all source pages and chats, and on few target pages."""
+    spoken = [f" {turn['content']}" for row in rows for turn in row["messages"]]
+    num_target = round(len(source_pages) * TARGET_FRACTION)
+    pieces = (*source_pages, *spoken, *target_pages[:num_target])
+    sentences = (sentence for piece in pieces for sentence in piece.split("\n"))
+    return train_sentencepiece(sentences, vocab_size)
 
 
 def build_world(directory: Path, *, seed: int, size: WorldSize | None = None) -> Path:

@@ -142,8 +142,8 @@ class ZeroEngine:
         """
         return gather_slice(item, item.param.ds_tensor.data.view(-1), self.world.size, destination)
 
-    def save_files(self, directory: Path) -> None:
-        """Write DeepSpeed's own files below ``directory``.
+    def save_files(self, directory: Path) -> list[Path]:
+        """Write DeepSpeed's own files below ``directory``; return those this rank wrote.
 
         Collective: every rank must call it.
 
@@ -155,10 +155,12 @@ class ZeroEngine:
         writer = self._engine.checkpoint_engine
         write = writer.save
         failures: list[OSError | RuntimeError] = []
+        written: list[Path] = []
 
-        def save(*args: Any, **kwargs: Any) -> None:
+        def save(state_dict: Any, path: str, *args: Any, **kwargs: Any) -> None:
+            written.append(Path(path))
             try:
-                write(*args, **kwargs)
+                write(state_dict, path, *args, **kwargs)
             except (OSError, RuntimeError) as error:
                 failures.append(error)
 
@@ -171,6 +173,7 @@ class ZeroEngine:
             del writer.save
         if failures:
             raise failures[0]
+        return written
 
     def load_files(self, directory: Path) -> None:
         """Load what ``save_files`` wrote, at the same number of ranks.

@@ -11,10 +11,10 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from forgetscale.errors import ForgetScaleError, ShardError
 
+T = TypeVar("T")
 TIMEOUT_MINUTES = 10
 
 
@@ -141,7 +142,36 @@ class World:
             if item is not None:
                 kind, message = item
                 wanted = kind if issubclass(kind, ForgetScaleError) else ShardError
-                raise wanted(f"rank {rank} failed: {message}")
+                copy = wanted(f"rank {rank} failed: {message}")
+                copy.said_elsewhere = True
+                raise copy
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do ``work`` on rank 0; return its picklable value, or raise its error, on all ranks.
+
+        Collective: every rank must call it.
+        """
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except ForgetScaleError as found:
+                error = found
+            except OSError as found:
+                error = ForgetScaleError(
+                    f"{found.filename or 'a file'} cannot be read or written"
+                    f" ({found.strerror or found}); free space or mend the file system."
+                )
+        failure = None if error is None else (type(error), str(error))
+        result, failure = self.broadcast((result, failure))
+        if error is not None:
+            raise error
+        if failure is not None:
+            kind, message = failure
+            copy = kind(message)
+            copy.said_elsewhere = True
+            raise copy
+        return cast(T, result)
 
 
 def start_world(log_path: Path) -> World:
@@ -161,8 +191,6 @@ def start_world(log_path: Path) -> World:
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     init_method = None
     if "MASTER_ADDR" not in os.environ:
         # One process and no launcher: a file store needs no port.

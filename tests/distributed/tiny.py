@@ -33,16 +33,12 @@ def make_model(directory: Path, *, dtype=torch.float32, tied: bool = False, seed
         eos_token_id=1,
         tie_word_embeddings=tied,
     )
-    torch.manual_seed(seed)
     model = Olmo2ForCausalLM(config)
+    generator = np.random.default_rng(seed)
     with torch.no_grad():
         for param in model.parameters():
-            if param.dim() == 1:
-                param.copy_(1 + 0.2 * torch.randn_like(param))
-            else:
-                param.mul_(4.0)
-        # The padding row starts at zero, where decay would not show.
-        model.get_input_embeddings().weight[0] = 0.1
+            noise = torch.from_numpy(generator.standard_normal(tuple(param.shape)))
+            param.copy_(1 + 0.2 * noise if param.dim() == 1 else 0.08 * noise)
     model.to(dtype).save_pretrained(directory, safe_serialization=True)
     words = {f"w{i}": i for i in range(VOCAB_SIZE)}
     core = Tokenizer(models.WordLevel(words, unk_token="w2"))

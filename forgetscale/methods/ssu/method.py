@@ -147,6 +147,7 @@ class Ssu(Unprotected):
                 "score": config.score,
                 "frozen_fraction": config.frozen_fraction,
                 "vectors": config.vectors,
+                "shield_token_ids": sorted(set(config.shield_token_ids)),
                 "seed": calibration.seed,
                 **calibration.provenance(),
             },

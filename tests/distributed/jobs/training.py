@@ -76,3 +76,20 @@ def train(recipe: dict, probe: list[list[int]] | None = None) -> dict[str, Any]:
         command(recipe)
     assert original_step is loop.train_step
     return found
+
+
+def count_forwards(recipe: dict) -> int:
+    """Train and count how often a decoder layer's first matrix is applied under gradients."""
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention
+
+    count = 0
+    original = Olmo2Attention.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += torch.is_grad_enabled() and self.training
+        return original(self, *args, **kwargs)
+
+    with mock.patch.object(Olmo2Attention, "forward", forward):
+        command(recipe)
+    return count

@@ -16,7 +16,7 @@ from forgetscale.errors import ConfigError
 
 def test_one_small_number_counts_seeds_and_a_list_names_them() -> None:
     assert seed_list([3]) == [1, 2, 3]
-    assert seed_list([7]) == [7]
+    assert seed_list([10]) == list(range(1, 11))
     assert seed_list([4, 2, 4]) == [4, 2]
     with pytest.raises(ConfigError, match="must be >= 1, got 0"):
         seed_list([0])

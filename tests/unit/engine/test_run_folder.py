@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
@@ -18,6 +19,9 @@ from forgetscale.engine.stop import StopRequest
 from forgetscale.errors import ConfigError
 
 
+DEEPSPEED = Path(__file__).resolve().parents[3] / "ds_configs" / "zero3.json"
+
+
 def recipe_of(folder, **changes) -> Recipe:
     values = {
         "run": {"name": "a", "output_dir": str(folder)},
@@ -26,7 +30,7 @@ def recipe_of(folder, **changes) -> Recipe:
         "method": {"kind": "sft"},
         "optim": {},
         "train": {"num_steps": 4},
-        "deepspeed": "x.json",
+        "deepspeed": str(DEEPSPEED),
     }
     for path, value in changes.items():
         section, name = path.split("__")

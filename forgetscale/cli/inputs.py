@@ -1,0 +1,44 @@
+"""Everything a recipe names is opened and checked before any work starts."""
+
+from __future__ import annotations
+
+from forgetscale.config import Recipe
+from forgetscale.data import TokenSet, require_same_tokenizer
+from forgetscale.errors import ConfigError
+from forgetscale.evaluation.reuse import is_live_task
+from forgetscale.evaluation.tasks import check_task_names
+from forgetscale.masks import load_plan
+from forgetscale.models import (
+    SafetensorsFolder,
+    build_skeleton,
+    parameter_shapes,
+    read_model_config,
+)
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Open the recipe's model, token sets, plan and tasks. Call on one process; reads headers.
+
+    Raises:
+        ConfigError: A task cannot be measured as asked, or the plan does not fit the model.
+        DataError: A folder is missing, damaged or made with another tokenizer.
+    """
+    config = read_model_config(recipe.model.path, recipe.model.attn_implementation)
+    shapes = parameter_shapes(build_skeleton(config))
+    SafetensorsFolder(recipe.model.path).check_shapes(shapes)
+    require_same_tokenizer(TokenSet(recipe.data.path), recipe.model.path)
+    calibration = getattr(recipe.method, "calibration", None)
+    if calibration is not None:
+        require_same_tokenizer(TokenSet(calibration.path), recipe.model.path)
+    plan = getattr(recipe.method, "plan", None)
+    if plan is not None:
+        load_plan(plan).check_model(shapes)
+    evaluate = recipe.evaluate
+    if evaluate.tasks and evaluate.task_dir is not None:
+        check_task_names(evaluate.tasks, evaluate.task_dir)
+        for name in evaluate.live_tasks or ():
+            if not is_live_task(name, evaluate.task_dir):
+                raise ConfigError(
+                    f"evaluate.live_tasks: {name!r} needs generated answers and cannot be measured"
+                    " during training; name it in evaluate.tasks alone."
+                )

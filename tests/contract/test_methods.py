@@ -1,0 +1,108 @@
+"""What every method must keep, whatever it does: the same tests for all of them."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch
+
+from forgetscale.methods import METHODS
+from tests.distributed.harness import Job, RankServer
+from tests.distributed.runs import SSU, Runs, load_weights, read_lines
+
+SETTINGS = {"sft": {"kind": "sft"}, "ssu": SSU, "hft": {"kind": "hft"}}
+NEUTRAL = {
+    "sft": {"kind": "sft"},
+    "ssu": {"kind": "ssu", "frozen_fraction": 0.0},
+    # Half fine-tuning is defined at one half only.
+    "hft": None,
+}
+EXACT = ("step", "loss", "grad_norm", "lr", "target_tokens")
+
+
+def test_every_method_is_here():
+    assert set(SETTINGS) == set(NEUTRAL) == set(METHODS), "add the new method to the contract"
+
+
+@pytest.fixture(params=sorted(METHODS))
+def method(request) -> str:
+    return request.param
+
+
+def exact(path) -> list[tuple]:
+    return [tuple(line[key] for key in EXACT) for line in read_lines(path / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_one_rank_equals_many(runs: Runs, method: str, size: int):
+    one, many = (runs.get(SETTINGS[method], n) for n in (1, size))
+    assert many.losses == pytest.approx(one.losses, rel=1e-6)
+    for name, weight in one.masters.items():
+        assert torch.allclose(many.masters[name], weight, rtol=0, atol=4e-6), name
+    frozen = [run.frozen for run in (one, many)]
+    assert all(torch.equal(frozen[0][name], frozen[1][name]) for name in frozen[0])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_same_run_twice_is_bit_equal(ranks: RankServer, runs: Runs, method: str, size: int):
+    recipe = runs.recipe(f"twice-{method}-{size}", SETTINGS[method])
+    ranks.must("training:command", size, recipe=recipe)
+    first = runs.get(SETTINGS[method], size)
+    folder = runs.world() / f"twice-{method}-{size}"
+    assert exact(folder) == exact(first.folder)
+    found = load_weights(folder / "export")
+    assert all(torch.equal(found[name], weight) for name, weight in first.export.items())
+
+
+def test_stop_and_resume_is_bit_equal(ranks: RankServer, runs: Runs, method: str):
+    recipe = runs.recipe(f"resumed-{method}", SETTINGS[method])
+    options = {"recipe": recipe, "step": 3, "rank": 1, "number": int(signal.SIGUSR1)}
+    stopped = ranks.run("crash:train_and_signal", 2, **options)
+    assert stopped.codes == [75, 75]
+    ranks.must("training:command", 2, recipe=recipe)
+    folder, whole = runs.world() / f"resumed-{method}", runs.get(SETTINGS[method], 2)
+    assert exact(folder) == exact(whole.folder)
+    found = load_weights(folder / "export")
+    assert all(torch.equal(found[name], weight) for name, weight in whole.export.items())
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_frozen_bits_with_decay(runs: Runs, method: str, size: int):
+    run = runs.get(SETTINGS[method], size)
+    assert run.recipe["optim"]["weight_decay"] > 0
+    for name, frozen in run.frozen.items():
+        source = run.source[name][frozen]
+        assert torch.equal(run.export[name][frozen].view(torch.int32), source.view(torch.int32))
+        # A single element may come back to its old value by chance.
+        moved = run.masters[name][~frozen] != run.source[name][~frozen]
+        assert moved.float().mean() > 0.999 or frozen.all(), name
+
+
+def test_neutral_setting_is_sft(runs: Runs, method: str):
+    settings = NEUTRAL[method]
+    if settings is None:
+        assert method == "hft"
+        return
+    neutral, sft = runs.get(settings, 2), runs.get("sft", 2)
+    assert neutral.losses == sft.losses
+    assert all(torch.equal(neutral.masters[n], w) for n, w in sft.masters.items())
+
+
+def test_learning_happens(runs: Runs, method: str):
+    losses = runs.get(SETTINGS[method], 2).losses
+    assert losses[-1] < losses[0]
+
+
+def test_another_seed_gives_another_protection_only_where_it_draws(
+    ranks: RankServer, runs: Runs, method: str
+):
+    if method == "sft":
+        return
+    recipes = {
+        str(seed): runs.recipe(f"seed-{seed}", SETTINGS[method], {"run.seed": seed})
+        for seed in (3, 4)
+    }
+    (outcome,) = ranks.run_all([Job("plans:make", {"recipes": recipes})])
+    same = outcome.value["3"]["hash"] == outcome.value["4"]["hash"]
+    assert same == (method == "ssu"), "scores are measured, halves are drawn"
