@@ -105,9 +105,8 @@ def _fill(root: Path, seed: int, size: WorldSize) -> dict[str, Any]:
         _write(root / f"tasks/{name}.jsonl", _json_lines(task))
     vocabulary = {"source_words": source.words(), "target_words": target.words()}
     _write(root / "vocabulary.json", _json_lines([vocabulary]))
-    described = knowledge.describe(facts, source, target)
     lexicons = {"source": dict(source.lexicon), "target": dict(target.lexicon)}
-    description = {"lexicon": lexicons, **described}
+    description = {"lexicon": lexicons, **knowledge.describe(facts, source, target)}
     _write(root / "world.json", json.dumps(description, ensure_ascii=False, indent=1).encode())
 
     model = _train_tokenizer(source_pages, rows, target_pages, size.vocab_size)
@@ -121,10 +120,7 @@ def _fill(root: Path, seed: int, size: WorldSize) -> dict[str, Any]:
         "size": asdict(size),
         "languages": {"source": "src", "target": "tgt"},
         "vocabulary_sha256": artifact.hash_bytes(artifact.canonical_json(vocabulary)),
-        "num_facts": {
-            "source": len(facts.of_side("source")),
-            "target": len(facts.of_side("target")),
-        },
+        "num_facts": {side: len(facts.of_side(side)) for side in ("source", "target")},
         "num_task_rows": {name: len(task) for name, task in task_rows.items()},
         "num_parameters": num_parameters,
         "examples": {

@@ -18,7 +18,6 @@ from forgetscale.engine.run import num_train_steps
 from forgetscale.engine.stop import StopRequest
 from forgetscale.errors import ConfigError
 
-
 DEEPSPEED = Path(__file__).resolve().parents[3] / "ds_configs" / "zero3.json"
 
 
