@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forgetscale.masks import FreezePlan, load_plan, save_plan
 from tests.distributed.harness import Job, Outcome, RankServer
 from tests.distributed.jobs import POINT_NAMES
 from tests.distributed.runs import SSU, Run, Runs, change, load_weights, read_lines
@@ -207,19 +208,22 @@ def test_a_damaged_checkpoint_is_set_aside(ranks: RankServer, runs: Runs, stoppe
     outcome = ranks.must("training:command", 2, recipe=recipe)
     assert "checkpoint: step 4 is damaged and set aside" in outcome.logs[0]
     assert f"resumed from {checkpoints}/step-00000002" in outcome.logs[0]
-    assert (checkpoints / "step-00000004.bad").is_dir()
+    assert [p.name[:17] for p in checkpoints.glob("*.bad*")] == ["step-00000004.bad"]
     assert not (checkpoints / "exploded").exists(), "an unverified pickle was loaded"
     assert_equal_runs(folder_of(recipe), runs.get("ssu", 2))
 
 
-def test_all_checkpoints_damaged_starts_from_the_source(ranks: RankServer, runs: Runs, stopped):
+def test_all_checkpoints_damaged_is_an_error(ranks: RankServer, stopped):
     recipe = copy_of(stopped, "all-damaged")
     checkpoints = folder_of(recipe) / "checkpoints"
     for name in ("step-00000002", "step-00000004"):
         damage("one bit of the last file", checkpoints / name)
-    outcome = ranks.must("training:command", 2, recipe=recipe)
-    assert "resumed" not in outcome.logs[0]
-    assert_equal_runs(folder_of(recipe), runs.get("ssu", 2))
+    outcome = ranks.run("training:command", 2, recipe=recipe)
+    refused(outcome, "all 2 checkpoints in", 1)
+    assert sorted(p.name[:17] for p in checkpoints.glob("step-*")) == [
+        "step-00000002.bad",
+        "step-00000004.bad",
+    ]
 
 
 def test_latest_is_only_a_hint(ranks: RankServer, runs: Runs, stopped):
@@ -311,26 +315,37 @@ def test_changed_data_are_refused(ranks: RankServer, runs: Runs, stopped):
     refused(outcome, "was made with another token set (data.path)", 2)
 
 
-def test_another_plan_is_refused(ranks: RankServer, runs: Runs, stopped):
+def test_another_plan_is_refused(ranks: RankServer, stopped):
     recipe = copy_of(stopped, "other-plan")
+    folder = folder_of(recipe) / "plan"
+    plan = load_plan(folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    columns = {**plan.columns, name: plan.columns[name][1:]}
+    save_plan(folder, FreezePlan(columns, plan.rows, plan.whole, plan.provenance))
+    outcome = ranks.run("training:command", 2, recipe=recipe)
+    refused(outcome, "was made with another freeze plan", 2)
+
+
+def test_a_plan_of_other_settings_is_refused(ranks: RankServer, runs: Runs, stopped):
+    recipe = copy_of(stopped, "other-settings")
     other = runs.get({**SSU, "score": "mag_l2"}, 2)
     shutil.rmtree(folder_of(recipe) / "plan")
     shutil.copytree(other.folder / "plan", folder_of(recipe) / "plan")
     outcome = ranks.run("training:command", 2, recipe=recipe)
-    refused(outcome, "was made with another freeze plan", 2)
+    refused(outcome, "was made with method.score 'mag_l2', the recipe says 'paper'", 2)
 
 
 def test_a_plan_of_another_model_is_refused(ranks: RankServer, runs: Runs):
     other = runs.world("other-seed", seed=11)
     plan = str(runs.get("ssu", 1).folder / "plan")
-    recipe = runs.recipe("foreign-plan", {"kind": "ssu", "plan": plan}, world=other)
+    recipe = runs.recipe("foreign-plan", {**SSU, "plan": plan}, world=other)
     outcome = ranks.run("training:command", 2, recipe=recipe)
     refused(outcome, "was made for another model", 2)
 
 
 def test_a_given_plan_is_used_and_kept(ranks: RankServer, runs: Runs):
     made = runs.get("ssu", 1)
-    run = runs.get({"kind": "ssu", "plan": str(made.folder / "plan")}, 1)
+    run = runs.get({**SSU, "plan": str(made.folder / "plan")}, 1)
     assert run.losses == made.losses
     assert all(torch.equal(run.plan[key], index) for key, index in made.plan.items())
 

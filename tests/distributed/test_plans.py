@@ -113,7 +113,7 @@ def test_provenance_names_model_data_and_settings(plans):
 @pytest.mark.parametrize("size", [1, 2])
 def test_calibration_leaves_later_training_bit_equal(runs: Runs, size: int):
     made = runs.get("ssu", size)
-    given = runs.get({"kind": "ssu", "plan": str(made.folder / "plan")}, size)
+    given = runs.get({**SSU, "plan": str(made.folder / "plan")}, size)
     assert given.losses == made.losses
     for name, weight in made.masters.items():
         assert torch.equal(given.masters[name], weight), name

@@ -100,7 +100,7 @@ POINTS: dict[str, tuple[Any, str, Any, Any]] = {
     "between step and save": (loop, "_save", before, always),
     "save: before the first file": (store.CheckpointStore, "_write", before, always),
     "save: after DeepSpeed's files": (zero_engine.ZeroEngine, "save_files", after, always),
-    "save: before hashing": (store.CheckpointStore, "_hash_share", before, always),
+    "save: before hashing": (store.CheckpointStore, "_flush", before, always),
     "save: before the manifest": (artifact, "write_json", before, is_manifest),
     "save: after the manifest": (artifact, "write_json", after, is_manifest),
     "save: after the rename": (store, "write_json", before, is_latest),
