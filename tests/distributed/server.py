@@ -7,6 +7,7 @@ all ranks of a request; nothing hangs.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -101,6 +102,7 @@ def serve() -> None:
     """Answer requests until standard input ends."""
     import torch
 
+    from forgetscale.artifact import provenance
     from forgetscale.zero3.world import import_deepspeed
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -111,6 +113,9 @@ def serve() -> None:
         import_deepspeed(folder / "deepspeed.log")
         for name in PRELOAD:
             importlib.import_module(name)
+        provenance()  # remembers versions and commit for all ranks
+        gc.collect()
+        gc.freeze()  # ranks need not look through what was imported here
         print(json.dumps({"ready": True}), file=answers)
         for number, line in enumerate(sys.stdin):
             requests = json.loads(line)

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from forgetscale.evaluation.report.matched import Level
+from forgetscale.evaluation.report.seeds import seed_mean
 
 SUBJECT, CONTROL, RANDOM = "ssu/paper", "sft", "ssu/rand"
 MIN_SEEDS = 3
@@ -84,17 +85,44 @@ def judge(levels: Sequence[Level], losses: Losses, why_no_levels: str = "") -> C
             f"Held over {len(seeds)} seeds: {SUBJECT} loses at least {least:.0%} less recall than"
             f" {CONTROL} at every matched point, and less than {RANDOM}."
         )
-        return ClaimOutcome("held", sentence, points)
+        return ClaimOutcome("held", sentence + _doubt(points), points)
     parts = [_why(point) for point in failed]
-    return ClaimOutcome(
-        "not held", f"Not held over {len(seeds)} seeds: {'; '.join(parts)}.", points
+    sentence = f"Not held over {len(seeds)} seeds: {'; '.join(parts)}."
+    return ClaimOutcome("not held", sentence + _doubt(points), points)
+
+
+def _doubt(points: Sequence[Mapping[str, Any]]) -> str:
+    """Say where the means alone decide, because the paired interval over seeds includes 0."""
+    parts = []
+    for name in (CONTROL, RANDOM):
+        open_points = [
+            point["name"]
+            for point in points
+            if point["difference"][name]["low"] <= 0 <= point["difference"][name]["high"]
+        ]
+        if open_points:
+            parts.append(f"{name} at {', '.join(open_points)}")
+    if not parts:
+        return " Every paired 95% interval excludes 0."
+    return (
+        " The claim compares means; the paired 95% interval of the difference over these seeds"
+        f" includes 0 against {' and against '.join(parts)}: more seeds would be needed to be sure."
     )
 
 
 def _judge_level(level: Level, index: int, losses: Losses, seeds: Sequence[int]) -> dict[str, Any]:
+    def values(method: str) -> list[float]:
+        found = [losses[method][seed][index] for seed in seeds]
+        return [value for value in found if value is not None]
+
     def mean(method: str) -> float:
-        values = [losses[method][seed][index] for seed in seeds]
-        return fmean(value for value in values if value is not None)
+        return fmean(values(method))
+
+    def difference(method: str) -> dict[str, float | int | None]:
+        pairs = zip(values(SUBJECT), values(method), strict=True)
+        paired = seed_mean([ours - theirs for ours, theirs in pairs])
+        assert paired is not None
+        return paired.to_json()
 
     subject, control, random = mean(SUBJECT), mean(CONTROL), mean(RANDOM)
     reduction = 1.0 - subject / control if control > 0 else None
@@ -102,6 +130,7 @@ def _judge_level(level: Level, index: int, losses: Losses, seeds: Sequence[int])
         "name": level.name,
         "target_perplexity": level.target_perplexity,
         "recall_loss": {SUBJECT: subject, CONTROL: control, RANDOM: random},
+        "difference": {name: difference(name) for name in (CONTROL, RANDOM)},
         "reduction": reduction,
         "below_control": reduction is not None and reduction >= NEEDED_REDUCTION,
         "below_random": subject < random,

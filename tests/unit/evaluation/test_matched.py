@@ -113,6 +113,16 @@ def test_claim_held() -> None:
     assert outcome.points[0]["reduction"] == pytest.approx(1 - 0.38 / 0.81)
 
 
+def test_a_claim_on_means_says_where_seeds_disagree() -> None:
+    sure = losses([0.1] * 3, [0.8] * 3, [0.5] * 3)
+    assert "excludes 0" in judge(LEVELS, sure).sentence
+    sure["ssu/rand"] = {0: [0.5, 0.5, 0.0], 1: [0.5, 0.51, 0.5], 2: [0.5, 0.5, 0.5]}
+    outcome = judge(LEVELS, sure)
+    assert outcome.status == "held"
+    assert "includes 0 against ssu/rand at deep: more seeds" in outcome.sentence
+    assert outcome.points[2]["difference"]["ssu/rand"]["low"] < 0
+
+
 def test_claim_not_held_names_the_point_and_the_reason() -> None:
     outcome = judge(LEVELS, losses([0.38, 0.49, 0.7], [0.81, 0.84, 0.89], [0.57, 0.63, 0.69]))
     assert outcome.status == "not held"
