@@ -85,11 +85,12 @@ class TestStaleGradients:
 
 
 class TestGradients:
-    @pytest.mark.parametrize(("dtype", "offload"), MODES)
-    @pytest.mark.parametrize("accumulation", ["float32", "bfloat16"])
+    @pytest.mark.parametrize(
+        ("dtype", "offload", "accumulation"),
+        [(*mode, "float32") for mode in MODES]
+        + [("bfloat16", False, "bfloat16"), ("bfloat16", True, "bfloat16")],
+    )
     def test_edits_reach_the_optimizer(self, ranks, config, dtype, offload, accumulation):
-        if dtype == "float32" and accumulation == "bfloat16":
-            pytest.skip("fp32 runs accumulate in fp32")
         found = ranks.must(
             "shards:edit_gradients",
             2,
