@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 from jaxtyping import install_import_hook
 
@@ -18,6 +19,27 @@ from tests.distributed.harness import RankServer  # noqa: E402
 from tests.distributed.runs import Runs  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_model_at_a_time():
+    """Tests of evaluation run ranks as threads, and ``transformers`` patches itself while it loads.
+
+    Two loads at once leave ``tie_weights`` patched away for good, in this process and all tests
+    after.
+    """
+    from transformers import AutoModelForCausalLM
+
+    lock = threading.Lock()
+    load = AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*args, **kwargs):
+        with lock:
+            return load(*args, **kwargs)
+
+    AutoModelForCausalLM.from_pretrained = from_pretrained
+    yield
+    AutoModelForCausalLM.from_pretrained = load
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 import shutil
 import signal
 from pathlib import Path
@@ -128,6 +129,27 @@ def test_resume_in_bf16_and_with_offload(ranks: RankServer, runs: Runs, dtype, o
     ranks.must("training:command", 2, recipe=recipe)
     expected = runs.get("ssu", 2, world=world, offload=offload, model__dtype=dtype)
     assert_equal_runs(folder_of(recipe), expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "seed"),
+    [(1, 0)]
+    + [pytest.param(size, seed, marks=pytest.mark.long) for size in (1, 2) for seed in (1, 2, 3)],
+)
+def test_killed_again_and_again_at_random_times(ranks, runs: Runs, size: int, seed: int):
+    changes = {"train.checkpoint_every_steps": 1}
+    recipe = runs.recipe(f"random-{size}-{seed}", SSU, changes)
+    generator = random.Random(seed)
+    for _ in range(40):
+        seconds = generator.uniform(0.1, 1.2 * size)
+        outcome = ranks.run("crash:train_for", size, recipe=recipe, seconds=seconds)
+        assert not outcome.late
+        if outcome.codes == [0] * size:
+            break
+        assert -signal.SIGKILL in outcome.codes, outcome.logs[0][-2000:]
+    else:
+        ranks.must("training:command", size, recipe=recipe)
+    assert_equal_runs(folder_of(recipe), runs.get("ssu", size))
 
 
 # ---- damaged checkpoints ----------------------------------------------------------------

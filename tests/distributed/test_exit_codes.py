@@ -184,6 +184,18 @@ def test_export_command(ranks: RankServer, runs: Runs, tmp_path):
     assert all(bool((found[name] == weight).all()) for name, weight in made.export.items())
 
 
+def test_stopped_early_gives_75_and_again_0(ranks: RankServer, runs: Runs):
+    path, folder = write(runs, "early", method=SSU)
+    arguments = ["train", "--config", str(path)]
+    outcome = ranks.run("crash:train_for_and_signal", 2, arguments=arguments, step=3)
+    assert outcome.codes == [75, 75]
+    (message,) = [line for log in outcome.logs for line in log.splitlines() if "stopped" in line]
+    assert "stopped on request after step 3 of 6" in message
+    assert (folder / "checkpoints" / "step-00000003" / "manifest.json").is_file()
+    assert run(ranks, *arguments, size=2).codes == [0, 0]
+    assert (folder / "export" / "manifest.json").is_file()
+
+
 def test_overrides_reach_the_run(ranks: RankServer, runs: Runs, tmp_path):
     path, folder = write(runs, "override")
     other = runs.world() / "override-2"

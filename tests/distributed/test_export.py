@@ -45,6 +45,22 @@ def test_bf16(runs: Runs, offload: bool):
     assert json.loads((run.folder / "export" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_inputs_on_frozen_features_give_the_sources_bits(runs: Runs):
+    run = runs.get("ssu", 2)
+    for name, weight in run.export.items():
+        frozen = run.frozen[name]
+        if not name.endswith("_proj.weight"):
+            continue
+        columns = frozen.all(0)
+        x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(1)) * columns
+        assert torch.equal(x @ weight.T, x @ run.source[name].T), name
+        y = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(2))
+        # What changed acts through the columns that may move, and through nothing else.
+        drift = y.double() @ (weight - run.source[name]).double().T
+        moving = y[:, ~columns].double() @ (weight - run.source[name])[:, ~columns].double().T
+        assert torch.allclose(drift, moving, rtol=0, atol=1e-12) and drift.abs().max() > 1e-3
+
+
 def test_tied_embeddings(runs: Runs):
     run = runs.get("ssu", 2, world=runs.world("tied", tied=True))
     assert "lm_head.weight" not in run.export

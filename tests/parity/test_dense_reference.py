@@ -155,3 +155,13 @@ def plain_bf16(run: Run) -> dict[str, torch.Tensor]:
             for name, value in params.items():
                 value.copy_(masters[name])
     return masters
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [21, 22, 23])
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_other_models(runs: Runs, dense, seed: int, size: int):
+    run = runs.get("ssu", size, world=runs.world(f"seed-{seed}", seed=seed))
+    expected = dense(run)
+    assert run.losses == pytest.approx(expected.losses, rel=2e-6)
+    assert_same_weights(run.masters, expected.weights)

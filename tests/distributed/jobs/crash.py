@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ import forgetscale.checkpoint.store as store
 import forgetscale.engine.loop as loop
 import forgetscale.zero3.engine as zero_engine
 import forgetscale.zero3.shards as shards
+from forgetscale.cli import main
 from tests.distributed.jobs.training import command
 
 
@@ -174,3 +176,20 @@ def train_and_signal(recipe: dict, step: int, rank: int, number: int) -> None:
     original = shards.ZeroShards.non_finite
     with mock.patch.object(shards.ZeroShards, "non_finite", before(event, original, always)):
         command(recipe)
+
+
+def train_for(recipe: dict, seconds: float) -> None:
+    """Train and die after some time, wherever the run then stands."""
+    timer = threading.Timer(seconds, die)
+    timer.daemon = True
+    timer.start()
+    command(recipe)
+    timer.cancel()
+
+
+def train_for_and_signal(arguments: list[str], step: int) -> None:
+    """Run a command line; the process gets SIGUSR1 in the middle of a step."""
+    event = Countdown(step, lambda: os.kill(os.getpid(), signal.SIGUSR1), 0)
+    original = shards.ZeroShards.non_finite
+    with mock.patch.object(shards.ZeroShards, "non_finite", before(event, original, always)):
+        raise SystemExit(main(arguments))
