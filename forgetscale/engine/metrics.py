@@ -85,7 +85,8 @@ class MetricsLog:
             return
         self._curve.parent.mkdir(parents=True, exist_ok=True)
         drop_lines_after(self._path, step)
-        drop_lines_after(self._curve, step)
+        # A fresh start measures the source model again, as step 0.
+        drop_lines_after(self._curve, step if step > 0 else -1)
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 

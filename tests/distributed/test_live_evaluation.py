@@ -1,0 +1,87 @@
+"""Measuring during training: it changes nothing, and no point is lost or doubled by a crash."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch
+
+from tests.distributed import tiny
+from tests.distributed.harness import RankServer
+from tests.distributed.runs import SSU, Run, Runs, load_weights, read_lines
+
+TASK = "perplexity/held"
+
+
+@pytest.fixture(scope="module")
+def settings(runs: Runs) -> dict:
+    """Recipe changes that measure a held-out token set at every second step."""
+    folder = runs.world() / "tasks"
+    tiny.make_set(folder / TASK, runs.world() / "model", rows=5, seed=8)
+    return {"tasks": [TASK], "task_dir": str(folder), "every_steps": 2, "batch_size": 2}
+
+
+def points(folder) -> list[tuple[int, float]]:
+    return [
+        (row["step"], result["value"])
+        for row in read_lines(folder / "results" / "curve.jsonl")
+        for result in row["results"]
+        if result["metric"] == "perplexity"
+    ]
+
+
+def measured(runs: Runs, settings: dict, size: int) -> Run:
+    return runs.get("ssu", size, evaluate=settings)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_training_is_bit_equal_with_and_without(runs: Runs, settings: dict, size: int):
+    run, plain = measured(runs, settings, size), runs.get("ssu", size)
+    assert run.losses == plain.losses
+    assert all(torch.equal(run.masters[n], w) for n, w in plain.masters.items())
+
+
+def test_every_point_once_and_the_same_on_any_number_of_ranks(runs: Runs, settings: dict):
+    found = {size: points(measured(runs, settings, size).folder) for size in (1, 2, 3)}
+    assert [step for step, _ in found[1]] == [0, 2, 4, 6]
+    for size in (2, 3):
+        assert [step for step, _ in found[size]] == [0, 2, 4, 6]
+        values = [[value for _, value in found[n]] for n in (1, size)]
+        assert values[1] == pytest.approx(values[0], rel=1e-5)
+    assert found[1][-1][1] < found[1][0][1], "the held-out rows are like the training rows"
+
+
+def test_first_and_last_point_are_those_of_the_folders(runs: Runs, settings: dict):
+    import json
+
+    run = measured(runs, settings, 2)
+    curve = points(run.folder)
+    for name, (_, live) in (("source", curve[0]), ("final", curve[-1])):
+        stored = json.loads((run.folder / "results" / name / "results.json").read_text())
+        (value,) = [r["value"] for r in stored["results"] if r["metric"] == "perplexity"]
+        assert live == pytest.approx(value, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("point", "number"),
+    [
+        ("in a step, before the optimizer", 1),
+        ("in a step, before the optimizer", 4),
+        ("save: before the first file", 2),
+        ("save: after the rename", 2),
+    ],
+)
+def test_a_crash_loses_and_doubles_no_point(
+    ranks: RankServer, runs: Runs, settings: dict, point: str, number: int
+):
+    expected = measured(runs, settings, 2)
+    name = f"curve-{number}-{len(point)}"
+    recipe = runs.recipe(name, SSU, {"evaluate": settings})
+    crash = ranks.run("crash:train_until", 2, recipe=recipe, point=point, number=number)
+    assert -signal.SIGKILL in crash.codes
+    ranks.must("training:command", 2, recipe=recipe)
+    folder = runs.world() / name
+    assert points(folder) == points(expected.folder)
+    found = load_weights(folder / "export")
+    assert all(torch.equal(found[n], w) for n, w in expected.export.items())
