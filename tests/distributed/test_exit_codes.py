@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed import tiny
 from tests.distributed.harness import Outcome, RankServer
-from tests.distributed.runs import SSU, Runs, change, load_weights
+from tests.distributed.runs import SSU, Runs, change, load_weights, read_lines
 
 
 def write(runs: Runs, name: str, changes: dict | None = None, method: dict | None = None):
@@ -194,6 +194,20 @@ def test_stopped_early_gives_75_and_again_0(ranks: RankServer, runs: Runs):
     assert (folder / "checkpoints" / "step-00000003" / "manifest.json").is_file()
     assert run(ranks, *arguments, size=2).codes == [0, 0]
     assert (folder / "export" / "manifest.json").is_file()
+
+
+def test_disk_full_while_logging_stops_all_ranks(ranks: RankServer, runs: Runs):
+    path, folder = write(runs, "full-metrics", method=SSU)
+    arguments = ["train", "--config", str(path)]
+    outcome = ranks.run("crash:full_disk_for_metrics", 2, arguments=arguments, step=3)
+    assert outcome.codes[0] == 1 and outcome.codes[1] not in (0, 75)
+    assert not outcome.late
+    assert "forgetscale: error: metrics.jsonl: No space left on device" in outcome.logs[0]
+    assert "Traceback" not in "".join(outcome.logs)
+    assert run(ranks, *arguments, size=2).codes == [0, 0]
+    assert [line["loss"] for line in read_lines(folder / "metrics.jsonl")] == (
+        runs.get("ssu", 2).losses
+    )
 
 
 def test_overrides_reach_the_run(ranks: RankServer, runs: Runs, tmp_path):

@@ -23,6 +23,7 @@ import forgetscale.engine.loop as loop
 import forgetscale.zero3.engine as zero_engine
 import forgetscale.zero3.shards as shards
 from forgetscale.cli import main
+from forgetscale.engine.metrics import MetricsLog
 from tests.distributed.jobs.training import command
 
 
@@ -192,4 +193,16 @@ def train_for_and_signal(arguments: list[str], step: int) -> None:
     event = Countdown(step, lambda: os.kill(os.getpid(), signal.SIGUSR1), 0)
     original = shards.ZeroShards.non_finite
     with mock.patch.object(shards.ZeroShards, "non_finite", before(event, original, always)):
+        raise SystemExit(main(arguments))
+
+
+def full_disk_for_metrics(arguments: list[str], step: int) -> None:
+    """Run a command line; from some step on no line of metrics can be written."""
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    event = Countdown(step, full, 0)
+    original = MetricsLog._append
+    with mock.patch.object(MetricsLog, "_append", before(event, original, always)):
         raise SystemExit(main(arguments))
