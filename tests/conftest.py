@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before anything imports them: every call of a pure function checks shapes and types.
 install_import_hook(["forgetscale.ops", "forgetscale.masks"], "beartype.beartype")
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -19,6 +20,9 @@ from tests.distributed.harness import RankServer  # noqa: E402
 from tests.distributed.runs import Runs  # noqa: E402
 
 torch.set_num_threads(1)
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("house", deadline=None)
+hypothesis.settings.load_profile("house")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -71,6 +71,8 @@ class RankServer:
                 "TOKENIZERS_PARALLELISM": "false",
                 "HF_HUB_OFFLINE": "1",
             }
+            if sys.platform == "linux":
+                env["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the name of this machine resolves to
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
                 env.pop(name, None)
             self._log = tempfile.TemporaryFile("w+")
@@ -154,7 +156,12 @@ class RankServer:
         """End the server."""
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
-            self._process.wait(timeout=30)
+            try:
+                self._process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                # Interrupted in the middle of a job; its ranks end with the server.
+                self._process.kill()
+                self._process.wait()
             self._process.stdout.close()  # type: ignore[union-attr]
             self._log.close()
             self._process = None

@@ -7,6 +7,7 @@ all ranks of a request; nothing hangs.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -20,6 +21,7 @@ import traceback
 from pathlib import Path
 
 POLL_SECONDS = 0.005
+PR_SET_PDEATHSIG = 1
 PRELOAD = (
     "deepspeed.runtime.zero.muon.original_muon",
     "deepspeed.ops.adam",
@@ -40,6 +42,9 @@ def become_rank(request: dict, rank: int, store: str) -> None:
 
     out = Path(request["out"])
     os.setsid()
+    if sys.platform == "linux":
+        # A rank never outlives the server, however that ends.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     descriptor = os.open(out / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
