@@ -2,38 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from forgetscale.data import tokenizer_hash, write_token_set
 
 VOCAB_SIZE = 67
 BLOCK_SIZE = 24
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 35,
+    "intermediate_size": 51,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def make_model(directory: Path, *, dtype=torch.float32, tied: bool = False, seed: int = 0) -> Path:
-    """Write a two-layer OLMo 2 with odd widths; grouped-query attention; random norms."""
-    config = Olmo2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=35,
-        intermediate_size=51,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=6,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-        tie_word_embeddings=tied,
-    )
-    model = Olmo2ForCausalLM(config)
+def olmo2(tied: bool) -> PreTrainedModel:
+    """Two layers with odd widths and grouped-query attention; norms after, norms of q and k."""
+    config = Olmo2Config(**SIZES, tie_word_embeddings=tied)
+    return Olmo2ForCausalLM(config)
+
+
+def llama(tied: bool) -> PreTrainedModel:
+    """Norms before attention and feed-forward; the width is a multiple of the heads."""
+    return LlamaForCausalLM(LlamaConfig(**SIZES | {"hidden_size": 36}, tie_word_embeddings=tied))
+
+
+def qwen2(tied: bool) -> PreTrainedModel:
+    """Biases on queries, keys and values."""
+    sizes = SIZES | {"hidden_size": 36}
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=tied))
+
+
+def make_model(
+    directory: Path,
+    *,
+    architecture: Callable[[bool], PreTrainedModel] = olmo2,
+    dtype=torch.float32,
+    tied: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Write a tiny model with random weights and a tokenizer of one word per token."""
+    model = architecture(tied)
     generator = np.random.default_rng(seed)
     with torch.no_grad():
         for param in model.parameters():
