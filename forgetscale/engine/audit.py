@@ -103,6 +103,6 @@ def audit_export(
         if name is not None:
             raise AuditError(
                 f"freeze audit of {export}: frozen elements of {name} differ from the source model"
-                f" (found by rank {rank}); do not use this export."
+                f" (found by rank {rank}); the export is set aside as .bad, do not use it."
             )
     return len(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from forgetscale.engine.calibration import SourceCalibration
 from forgetscale.engine.loop import Evaluate, Training, train_loop
 from forgetscale.engine.metrics import MetricsLog, RunLog
 from forgetscale.engine.stop import StopRequest
-from forgetscale.errors import CheckpointError, ConfigError
+from forgetscale.errors import AuditError, CheckpointError, ConfigError
 from forgetscale.masks import FreezePlan, load_plan, save_plan
 from forgetscale.models import (
     CausalLMWithLoss,
@@ -384,7 +385,11 @@ def export_run(
     directory: Path,
     log: Callable[[str], None],
 ) -> None:
-    """Export the model and audit the result. Collective: every rank must call it."""
+    """Export the model and audit the result. Collective: every rank must call it.
+
+    Raises:
+        AuditError: A frozen element differs; the export is set aside under another name.
+    """
     dtype = DTYPES[recipe.model.dtype]
     export_model(
         engine,
@@ -397,5 +402,10 @@ def export_run(
     )
     count = 0
     if plan is not None:
-        count = audit_export(plan, source.folder, directory, world, dtype)
+        try:
+            count = audit_export(plan, source.folder, directory, world, dtype)
+        except AuditError:
+            aside = directory.with_name(f"{directory.name}.bad-{secrets.token_hex(4)}")
+            world.on_main(lambda: str(directory.rename(aside)))
+            raise
     log(f"exported {directory}; freeze audit compared {count} tensors with the source")

@@ -47,6 +47,8 @@ def test_a_bit_flipped_on_the_way_to_the_export(ranks, runs: Runs):
         f"frozen elements of {NAME} differ from the source model" in message
         for message in outcome.errors
     )
+    names = sorted(path.name[:10] for path in (runs.world() / "tamper-export").glob("export*"))
+    assert names == ["export.bad"], "a wrong export must not stand under its name"
 
 
 def test_a_checkpoint_of_other_weights_is_noticed(ranks: RankServer, runs: Runs):
