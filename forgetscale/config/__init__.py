@@ -1,5 +1,6 @@
 """Recipes: dataclasses, loading, overrides, checks. Imports no torch."""
 
+from forgetscale.config.data import TokenDataConfig
 from forgetscale.config.load import (
     apply_overrides,
     dump_recipe,
@@ -8,17 +9,18 @@ from forgetscale.config.load import (
     recipe_dict,
     validate_recipe,
 )
-from forgetscale.config.recipe import (
+from forgetscale.config.methods import (
     CalibrationConfig,
-    EvaluateConfig,
     HftMethodConfig,
+    SftMethodConfig,
+    SsuMethodConfig,
+)
+from forgetscale.config.recipe import (
+    EvaluateConfig,
     ModelConfig,
     OptimConfig,
     Recipe,
     RunConfig,
-    SftMethodConfig,
-    SsuMethodConfig,
-    TokenDataConfig,
     TrainConfig,
 )
 

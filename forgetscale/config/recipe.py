@@ -9,22 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import ConfigDict, Discriminator
+from pydantic import ConfigDict
 
-SCORES = ("paper", "official", "mag_l1", "mag_l2", "rand")
-ScoreName = Literal["paper", "official", "mag_l1", "mag_l2", "rand"]
-STRICT = ConfigDict(extra="forbid", str_strip_whitespace=True)
-
-
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise ValueError(sentence)
-
-
-def _require_fraction(name: str, value: float) -> None:
-    _require(0.0 <= value <= 1.0, f"{name} must lie in [0, 1], got {value}")
+from forgetscale.config.data import TokenDataConfig
+from forgetscale.config.methods import MethodConfig
+from forgetscale.config.ranges import STRICT, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +33,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
-        _require(self.name != "", "name must not be empty")
+        require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
+        require(self.name != "", "name must not be empty")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,111 +54,6 @@ class ModelConfig:
     """Attention code of ``transformers``."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in backward instead of keeping its activations."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenDataConfig:
-    """Training text: a token set made by ``python -m data_prep build``."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    kind: Literal["tokens"] = "tokens"
-    """Rows of packed tokens; every position but the last is a target."""
-    path: Path
-    """Token set folder."""
-    shuffle_seed: int = 42
-    """Seed of the row order, >= 0."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CalibrationConfig:
-    """Source data on which importance is measured."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    path: Path
-    """Token set of source chats (``data_prep build --chat``)."""
-    num_blocks: int = 500
-    """Rows used, at equal strides over the set, > 0."""
-    micro_batch_size: int = 1
-    """Rows per forward pass, > 0. Part of the plan's identity: it fixes how matmuls are cut."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        _require(self.num_blocks > 0, f"num_blocks must be > 0, got {self.num_blocks}")
-        _require(
-            self.micro_batch_size > 0, f"micro_batch_size must be > 0, got {self.micro_batch_size}"
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SftMethodConfig:
-    """Nothing is protected: full fine-tuning or plain continual pre-training."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    kind: Literal["sft"] = "sft"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SsuMethodConfig:
-    """Source-Shielded Updates: the most important input columns of each matrix never move."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    kind: Literal["ssu"]
-    frozen_fraction: float = 0.5
-    """Share of columns frozen in each matrix, in [0, 1]; 0 protects nothing, 1 freezes the body."""
-    score: ScoreName = "paper"
-    """Column score; see ``forgetscale.ops.importance.column_scores``."""
-    axis: Literal["column"] = "column"
-    """Direction of the freeze: input columns."""
-    layout: Literal["masked"] = "masked"
-    """``masked`` keeps whole tensors trainable and zeroes gradients of frozen elements."""
-    vectors: Literal["elementwise", "train", "freeze"] = "elementwise"
-    """1-D tensors of the decoder body: score each element, train all, or freeze all."""
-    shield_token_ids: tuple[int, ...] = ()
-    """Rows of the embedding and the output head that must not move, by token id."""
-    plan: Path | None = None
-    """A finished plan folder; None makes the plan from ``calibration`` before training."""
-    calibration: CalibrationConfig | None = None
-    """Source data for the scores; not needed by ``mag_l1``, ``mag_l2``, ``rand`` with matrices."""
-
-    def __post_init__(self) -> None:
-        """Check ranges and clashes."""
-        _require_fraction("frozen_fraction", self.frozen_fraction)
-        needs_data = self.score in ("paper", "official")
-        _require(
-            self.plan is not None or self.calibration is not None or not needs_data,
-            f"score {self.score} needs source data: set calibration.path, or plan to reuse one",
-        )
-        _require(
-            all(token >= 0 for token in self.shield_token_ids),
-            f"shield_token_ids must be >= 0, got {min(self.shield_token_ids, default=0)}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HftMethodConfig:
-    """Half fine-tuning: whole matrices, drawn at random per layer, stay frozen."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    kind: Literal["hft"]
-    frozen_fraction: float = 0.5
-    """Only the paper's half is defined."""
-    plan: Path | None = None
-    """A finished plan folder; None draws the plan from ``run.seed``."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        _require(
-            self.frozen_fraction == 0.5,
-            f"frozen_fraction must be 0.5 for hft, got {self.frozen_fraction}",
-        )
-
-
-MethodConfig = Annotated[SftMethodConfig | SsuMethodConfig | HftMethodConfig, Discriminator("kind")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,22 +79,22 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(self.lr > 0, f"lr must be > 0, got {self.lr}")
-        _require(math.isfinite(self.lr), f"lr must be finite, got {self.lr}")
-        _require(
+        require(self.lr > 0, f"lr must be > 0, got {self.lr}")
+        require(math.isfinite(self.lr), f"lr must be finite, got {self.lr}")
+        require(
             0 <= self.warmup_fraction < 1,
             f"warmup_fraction must lie in [0, 1), got {self.warmup_fraction}",
         )
-        _require(self.weight_decay >= 0, f"weight_decay must be >= 0, got {self.weight_decay}")
-        _require(
+        require(self.weight_decay >= 0, f"weight_decay must be >= 0, got {self.weight_decay}")
+        require(
             math.isfinite(self.weight_decay),
             f"weight_decay must be finite, got {self.weight_decay}",
         )
-        _require(
+        require(
             all(0 <= beta < 1 for beta in self.betas), f"betas must lie in [0, 1), got {self.betas}"
         )
-        _require(self.eps > 0, f"eps must be > 0, got {self.eps}")
-        _require(self.max_grad_norm > 0, f"max_grad_norm must be > 0, got {self.max_grad_norm}")
+        require(self.eps > 0, f"eps must be > 0, got {self.eps}")
+        require(self.max_grad_norm > 0, f"max_grad_norm must be > 0, got {self.max_grad_norm}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,7 +126,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check ranges and clashes."""
-        _require(
+        require(
             (self.num_target_tokens is None) != (self.num_steps is None),
             "give exactly one of num_target_tokens and num_steps",
         )
@@ -254,8 +140,8 @@ class TrainConfig:
             "loss_chunk_size",
         ):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"{name} must be > 0, got {value}")
-        _require(
+            require(value is None or value > 0, f"{name} must be > 0, got {value}")
+        require(
             self.keep_checkpoints >= 2,
             f"keep_checkpoints must be >= 2 (one could be damaged), got {self.keep_checkpoints}",
         )
@@ -282,20 +168,20 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Check ranges and clashes."""
-        _require(
+        require(
             not self.tasks or self.task_dir is not None,
             "tasks need task_dir, the folder they are in",
         )
         for name in ("every_steps", "batch_size", "max_new_tokens"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"{name} must be > 0, got {value}")
-        _require(self.every_steps is None or bool(self.tasks), "every_steps needs tasks to measure")
-        _require(
+            require(value is None or value > 0, f"{name} must be > 0, got {value}")
+        require(self.every_steps is None or bool(self.tasks), "every_steps needs tasks to measure")
+        require(
             self.live_tasks is None or self.every_steps is not None,
             "live_tasks need every_steps, how often they are measured",
         )
         unknown = [name for name in self.live_tasks or () if name not in self.tasks]
-        _require(not unknown, f"live_tasks names {unknown[:1]}, which tasks does not")
+        require(not unknown, f"live_tasks names {unknown[:1]}, which tasks does not")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -317,11 +203,11 @@ class Recipe:
     def __post_init__(self) -> None:
         """Check clashes between sections."""
         train, evaluate = self.train, self.evaluate
-        _require(
+        require(
             self.model.dtype == "bfloat16" or train.accumulation_dtype == "float32",
             "train.accumulation_dtype must be float32 where model.dtype is float32",
         )
-        _require(
+        require(
             not evaluate.tasks or train.export,
             "evaluate.tasks are measured on the export, so train.export must be true",
         )

@@ -1,0 +1,105 @@
+"""Recipe sections of the methods: one frozen dataclass each, told apart by ``kind``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Discriminator
+
+from forgetscale.config.ranges import STRICT, require, require_fraction
+
+SCORES = ("paper", "official", "mag_l1", "mag_l2", "rand")
+ScoreName = Literal["paper", "official", "mag_l1", "mag_l2", "rand"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationConfig:
+    """Source data on which importance is measured."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    path: Path
+    """Token set of source chats (``data_prep build --chat``)."""
+    num_blocks: int = 500
+    """Rows used, at equal strides over the set, > 0."""
+    micro_batch_size: int = 1
+    """Rows per forward pass, > 0. Part of the plan's identity: it fixes how matmuls are cut."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.num_blocks > 0, f"num_blocks must be > 0, got {self.num_blocks}")
+        require(
+            self.micro_batch_size > 0, f"micro_batch_size must be > 0, got {self.micro_batch_size}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftMethodConfig:
+    """Nothing is protected: full fine-tuning or plain continual pre-training."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["sft"] = "sft"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SsuMethodConfig:
+    """Source-Shielded Updates: the most important input columns of each matrix never move."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["ssu"]
+    frozen_fraction: float = 0.5
+    """Share of columns frozen in each matrix, in [0, 1]; 0 protects nothing, 1 freezes the body."""
+    score: ScoreName = "paper"
+    """Column score; see ``forgetscale.ops.importance.column_scores``."""
+    axis: Literal["column"] = "column"
+    """Direction of the freeze: input columns."""
+    layout: Literal["masked"] = "masked"
+    """``masked`` keeps whole tensors trainable and zeroes gradients of frozen elements."""
+    vectors: Literal["elementwise", "train", "freeze"] = "elementwise"
+    """1-D tensors of the decoder body: score each element, train all, or freeze all."""
+    shield_token_ids: tuple[int, ...] = ()
+    """Rows of the embedding and the output head that must not move, by token id."""
+    plan: Path | None = None
+    """A finished plan folder; None makes the plan from ``calibration`` before training."""
+    calibration: CalibrationConfig | None = None
+    """Source data for the scores; not needed by ``mag_l1``, ``mag_l2``, ``rand`` with matrices."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and clashes."""
+        require_fraction("frozen_fraction", self.frozen_fraction)
+        needs_data = self.score in ("paper", "official")
+        require(
+            self.plan is not None or self.calibration is not None or not needs_data,
+            f"score {self.score} needs source data: set calibration.path, or plan to reuse one",
+        )
+        require(
+            all(token >= 0 for token in self.shield_token_ids),
+            f"shield_token_ids must be >= 0, got {min(self.shield_token_ids, default=0)}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HftMethodConfig:
+    """Half fine-tuning: whole matrices, drawn at random per layer, stay frozen."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["hft"]
+    frozen_fraction: float = 0.5
+    """Only the paper's half is defined."""
+    plan: Path | None = None
+    """A finished plan folder; None draws the plan from ``run.seed``."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(
+            self.frozen_fraction == 0.5,
+            f"frozen_fraction must be 0.5 for hft, got {self.frozen_fraction}",
+        )
+
+
+MethodConfig = Annotated[SftMethodConfig | SsuMethodConfig | HftMethodConfig, Discriminator("kind")]
