@@ -88,8 +88,17 @@ class Calibration(Protocol):
     def shards(self) -> ShardSet:
         """Return this rank's weights."""
 
+    def target_token_counts(self) -> Tensor:
+        """Return how often each token id occurs in the target text, ``[V]`` int64.
+
+        ``V`` is the number of rows of the embedding. Collective: every rank must call it.
+        """
+
     def provenance(self) -> Mapping[str, Any]:
-        """Return hashes of model and calibration data, for the plan's header."""
+        """Return hashes of model and calibration data, for the plan's header.
+
+        The target text is named where its tokens were counted.
+        """
 
 
 class Method(Protocol):

@@ -45,6 +45,22 @@ class SftMethodConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShieldRowsConfig:
+    """Rows of the embedding and the output head chosen by what the target text uses."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    rule: Literal["unused_in_target"]
+    """``unused_in_target``: tokens that occur fewer than ``min_count`` times in ``data.path``."""
+    min_count: int = 1
+    """Occurrences from which on a token counts as used, > 0; 1 shields what never occurs."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.min_count > 0, f"min_count must be > 0, got {self.min_count}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SsuMethodConfig:
     """Source-Shielded Updates: the most important input columns of each matrix never move."""
 
@@ -63,6 +79,8 @@ class SsuMethodConfig:
     """1-D tensors of the decoder body: score each element, train all, or freeze all."""
     shield_token_ids: tuple[int, ...] = ()
     """Rows of the embedding and the output head that must not move, by token id."""
+    shield_rows: ShieldRowsConfig | None = None
+    """More such rows, chosen by the target text; None adds none."""
     plan: Path | None = None
     """A finished plan folder; None makes the plan from ``calibration`` before training."""
     calibration: CalibrationConfig | None = None

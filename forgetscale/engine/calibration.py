@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from forgetscale.api import Batch
 from forgetscale.config import CalibrationConfig
 from forgetscale.data import TokenSet, calibration_rows
-from forgetscale.errors import ConfigError
+from forgetscale.errors import ConfigError, DataError
 from forgetscale.models import CausalLMWithLoss
 from forgetscale.progress import Progress
 from forgetscale.zero3 import World, ZeroEngine, ZeroShards
+
+COUNTED_ROWS = 4096
+"""Rows of the target text read at a time."""
 
 
 @dataclass(slots=True)
@@ -28,6 +31,7 @@ class SourceCalibration:
         build: Builds the engine without optimizer. Collective.
         config: Calibration section of the recipe, or None.
         token_set: Its data, or None.
+        target: Token set that is trained on.
         world: This process among all.
         model_hash: Content hash of the source model.
         progress: Makes the progress display from the number of passes.
@@ -38,10 +42,12 @@ class SourceCalibration:
     build: Callable[[], ZeroEngine]
     config: CalibrationConfig | None
     token_set: TokenSet | None
+    target: TokenSet
     world: World
     model_hash: str
     progress: Callable[[int], Progress]
     _engine: ZeroEngine | None = field(default=None, init=False)
+    _counted_target: bool = field(default=False, init=False)
 
     def _live(self) -> ZeroEngine:
         if self._engine is None:
@@ -89,14 +95,50 @@ class SourceCalibration:
         """Return this rank's slices of the source weights."""
         return self._live().shards
 
+    def target_token_counts(self) -> Tensor:
+        """Count every token of the target text once; ranks share the rows.
+
+        Collective: every rank must call it.
+
+        Raises:
+            DataError: A row is damaged, or holds an id the model has no embedding for.
+        """
+        embedding: Any = self.structure
+        size = int(embedding.get_input_embeddings().weight.shape[0])
+        first, last = (
+            self.target.num_rows * part // self.world.size
+            for part in (self.world.rank, self.world.rank + 1)
+        )
+        counts = torch.zeros(size, dtype=torch.int64)
+        error: DataError | None = None
+        try:
+            if self.target.vocab_size > size:
+                raise DataError(
+                    f"{self.target.path} was made with {self.target.vocab_size} token ids, but the"
+                    f" model embeds {size}; build it with the tokenizer of the model."
+                )
+            for row in range(first, last, COUNTED_ROWS):
+                ids = self.target.read(range(row, min(row + COUNTED_ROWS, last)))
+                counts += torch.bincount(ids.flatten(), minlength=size)
+        except DataError as found:
+            error = found
+        self.world.agree(error)
+        self._counted_target = True
+        return self.world.sum(counts)
+
     def provenance(self) -> Mapping[str, Any]:
-        """Return hashes of model and calibration data."""
+        """Return hashes of model, calibration data and, where counted, target text."""
         found: dict[str, Any] = {"model_hash": self.model_hash}
         if self.config is not None and self.token_set is not None:
             found["calibration"] = {
                 "content_hash": self.token_set.content_hash,
                 "num_blocks": self.config.num_blocks,
                 "micro_batch_size": self.config.micro_batch_size,
+            }
+        if self._counted_target:
+            found["target"] = {
+                "content_hash": self.target.content_hash,
+                "num_tokens": self.target.num_tokens,
             }
         return found
 

@@ -134,6 +134,7 @@ def calibration_for(
         build=lambda: start_engine(recipe, world, source, plan=None, training=False),
         config=config,
         token_set=token_set,
+        target=TokenSet(recipe.data.path),
         world=world,
         model_hash=source.content_hash,
         progress=lambda total: Progress(
@@ -199,7 +200,7 @@ def settle_plan(
 def _check_plan_recipe(path: Path, plan: FreezePlan, recipe: Recipe) -> None:
     section = recipe_dict(recipe)["method"]
     expected = {"method": section["kind"]}
-    for name in ("score", "frozen_fraction", "vectors", "shield_token_ids"):
+    for name in ("score", "frozen_fraction", "vectors", "shield_token_ids", "shield_rows"):
         if name in section:
             expected[name] = section[name]
     if section.get("score") == "rand" or section["kind"] == "hft":
@@ -210,6 +211,15 @@ def _check_plan_recipe(path: Path, plan: FreezePlan, recipe: Recipe) -> None:
             raise ConfigError(
                 f"freeze plan {path} was made with {field} {made!r}, the recipe says {wanted!r};"
                 " change the recipe or make the plan again with forgetscale calibrate."
+            )
+    counted = plan.provenance.get("target")
+    if counted is not None:
+        target = TokenSet(recipe.data.path).content_hash
+        if counted["content_hash"] != target:
+            raise ConfigError(
+                f"freeze plan {path} shields the rows that another target text does not use"
+                f" (content hash {counted['content_hash'][:12]}, {recipe.data.path} has"
+                f" {target[:12]}); make the plan again with forgetscale calibrate."
             )
 
 

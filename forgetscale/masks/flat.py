@@ -1,8 +1,9 @@
 """Freeze masks on flat slices of row-major matrices.
 
 Element ``o`` of the flattened ``[out, in]`` tensor sits in column ``o % in`` and row ``o // in``.
-So one bit per column decides every slice, wherever a rank's border falls: nothing is gathered and
-no mask of the tensor's size exists. A vector ``[n]`` is one row of ``n`` columns.
+So one flag per column and one per row of the slice decide every element, wherever a rank's border
+falls: nothing is gathered and no mask of the tensor's size exists. A vector ``[n]`` is one row of
+``n`` columns.
 
 Shape letters: S elements of a slice, I columns.
 """
@@ -11,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+Axis = Literal["columns", "rows"]
 
 
 def split_rows(start: int, length: int, width: int) -> tuple[int, int]:
@@ -74,7 +78,7 @@ class SliceMask:
     width: int
     columns: Int64[Tensor, " frozen_columns"] | None = None
     rows: Int64[Tensor, " frozen_rows"] | None = None
-    _keep: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+    _keep: dict[tuple[str, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -95,41 +99,42 @@ class SliceMask:
             rows = rows[(rows >= low) & (rows < high)].cpu()
         return cls(start, length, width, None if columns is None else columns.cpu(), rows)
 
-    def _keep_vector(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        key = (dtype, like.device)
+    def _keep_vector(self, axis: Axis, like: Tensor, dtype: torch.dtype = torch.bool) -> Tensor:
+        """Return 0 for columns of the matrix, or rows of the slice, that may not change, else 1."""
+        key = (axis, dtype, like.device)
         if key not in self._keep:
-            assert self.columns is not None
-            keep = torch.ones(self.width, dtype=dtype)
-            keep[self.columns] = 0
+            first = self.start // self.width
+            last = -(-(self.start + self.length) // self.width)
+            keep = torch.ones(self.width if axis == "columns" else last - first, dtype=dtype)
+            index = self.columns if axis == "columns" else self.rows
+            assert index is not None
+            keep[index if axis == "columns" else index - first] = 0
             self._keep[key] = keep.to(like.device)
         return self._keep[key]
 
-    def _pieces(self, flat: Tensor, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _pieces(self, flat: Tensor) -> Iterator[tuple[Tensor, slice, slice]]:
+        """Yield ``[rows, columns]`` views with the columns of the matrix and rows of the slice."""
         head, body = split_rows(self.start, self.length, self.width)
-        first = self.start % self.width
-        yield flat[:head], vector[first : first + head]
-        yield flat[head : head + body].view(-1, self.width), vector
-        tail = flat[head + body : self.length]
-        yield tail, vector[: tail.numel()]
-
-    def _row_spans(self) -> Iterator[tuple[int, int]]:
-        if self.rows is None:
-            return
-        for row in self.rows.tolist():
-            low = max(row * self.width - self.start, 0)
-            high = min((row + 1) * self.width - self.start, self.length)
-            yield low, high
+        row = 0
+        for begin, size in ((0, head), (head, body), (head + body, self.length - head - body)):
+            if size == 0:
+                continue
+            piece = flat[begin : begin + size].view(-1, min(size, self.width))
+            column = (self.start + begin) % self.width
+            height, width = piece.shape
+            yield piece, slice(column, column + width), slice(row, row + height)
+            row += height
 
     def zero_frozen_(self, grad: Float[Tensor, " S"]) -> None:
         """Zero frozen elements of a gradient slice in place.
 
-        Columns are multiplied by zero, not overwritten: a NaN there stays a NaN and is noticed.
+        They are multiplied by zero, not overwritten: a NaN there stays a NaN and is noticed.
         """
-        if self.columns is not None:
-            for piece, keep in self._pieces(grad, self._keep_vector(grad, grad.dtype)):
-                piece.mul_(keep)
-        for low, high in self._row_spans():
-            grad[low:high].mul_(0)
+        for piece, columns, rows in self._pieces(grad):
+            if self.columns is not None:
+                piece.mul_(self._keep_vector("columns", grad, grad.dtype)[columns])
+            if self.rows is not None:
+                piece.mul_(self._keep_vector("rows", grad, grad.dtype)[rows, None])
 
     def decay_(self, param: Float[Tensor, " S"], decay: float) -> None:
         """Apply ``w <- w * (1 - decay)`` to elements that may change; frozen bits stay as they are.
@@ -140,26 +145,35 @@ class SliceMask:
         """
         if decay == 0.0:
             return
-        spans = [(low, high, param[low:high].clone()) for low, high in self._row_spans()]
-        if self.columns is None:
+        if self.columns is None and self.rows is None:
             param.mul_(1.0 - decay)
-        else:
-            trainable = self._keep_vector(param, torch.bool)
-            factor = torch.where(trainable, 1.0 - decay, 1.0).to(param.dtype)
-            for piece, part in self._pieces(param, factor):
-                piece.mul_(part)
-        for low, high, saved in spans:
-            param[low:high] = saved
+            return
+        for piece, columns, rows in self._pieces(param):
+            if self.columns is None:
+                piece.mul_(self._decay_factors("rows", param, decay)[rows, None])
+                continue
+            factors = self._decay_factors("columns", param, decay)[columns]
+            if self.rows is None:
+                piece.mul_(factors)
+                continue
+            frozen = ~self._keep_vector("rows", param)[rows]
+            saved = piece[frozen]
+            piece.mul_(factors)
+            piece[frozen] = saved
+
+    def _decay_factors(self, axis: Axis, param: Tensor, decay: float) -> Tensor:
+        keep = self._keep_vector(axis, param)
+        return torch.where(keep, 1.0 - decay, 1.0).to(param.dtype)
 
     def frozen_elements(self, flat: Tensor) -> Tensor:
         """Return a copy of the frozen elements of a slice: by columns, then by rows."""
         found = [flat[:0]]
         if self.columns is not None:
-            for piece, frozen in self._pieces(flat, ~self._keep_vector(flat, torch.bool)):
-                found.append(
-                    piece[:, frozen].reshape(-1) if piece.dim() == 2 else piece[frozen].reshape(-1)
-                )
-        found += [flat[low:high] for low, high in self._row_spans()]
+            for piece, columns, _ in self._pieces(flat):
+                found.append(piece[:, ~self._keep_vector("columns", flat)[columns]].reshape(-1))
+        if self.rows is not None:
+            for piece, _, rows in self._pieces(flat):
+                found.append(piece[~self._keep_vector("rows", flat)[rows]].reshape(-1))
         return torch.cat(found)
 
     def num_frozen(self) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.distributed.compare import assert_same_weights
 from tests.distributed.runs import SSU, Run, Runs
+from tests.distributed.tiny import VOCAB_SIZE, set_rows
 
 NORMS = ("norm.weight", "layernorm.weight")
 # ranks, working type, offload
@@ -127,6 +128,22 @@ class TestRows:
             assert changed.nonzero().flatten().tolist() == [
                 row for row in range(changed.numel()) if row not in SSU["shield_token_ids"]
             ]
+
+    @pytest.mark.parametrize(
+        ("size", "dtype", "offload"), [(1, "float32", False), (3, "float32", False)] + SETTINGS[-2:]
+    )
+    def test_rows_the_target_text_does_not_use_stay(self, runs: Runs, size, dtype, offload):
+        shield = {"rule": "unused_in_target", "min_count": 9}
+        run = run_of(runs, {**SSU, "shield_rows": shield}, size, dtype, offload)
+        text = set_rows()
+        shielded = {t for t in range(VOCAB_SIZE) if int((text == t).sum()) < 9}
+        shielded |= set(SSU["shield_token_ids"])
+        assert 10 < len(shielded) < VOCAB_SIZE - 10
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            changed = (run.masters[name] != run.source[name].float()).any(1)
+            assert set(changed.nonzero().flatten().tolist()) == set(range(VOCAB_SIZE)) - shielded
+            frozen = run.frozen[name]
+            assert same_bits(run.export[name][frozen], run.source[name][frozen]), name
 
     def test_tied_head_is_shielded_once(self, runs: Runs):
         world = runs.world("tied", tied=True)

@@ -12,6 +12,7 @@ from tests.parity import reference
 
 SCORES = ("paper", "official", "mag_l1", "mag_l2", "rand")
 NUM_ROWS, NUM_BLOCKS = 19, 7
+COUNTS = (1, 9)
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +20,11 @@ def plans(ranks: RankServer, runs: Runs) -> dict[int, list[dict]]:
     """Plans of every score, by number of ranks, as each rank made them."""
     recipes = {score: runs.recipe("plans", {**SSU, "score": score}) for score in SCORES}
     recipes["hft"] = runs.recipe("plans", {"kind": "hft"})
+    for count in COUNTS:
+        shield = {"rule": "unused_in_target", "min_count": count}
+        recipes[f"shield-{count}"] = runs.recipe(
+            "plans", {"kind": "ssu", "score": "mag_l2", "shield_rows": shield}
+        )
     return {size: ranks.must("plans:make", size, recipes=recipes).values for size in (1, 2, 3)}
 
 
@@ -64,6 +70,47 @@ def test_each_matrix_is_frozen_at_the_fraction(plans, runs: Runs, score: str):
     for name, index in columns.items():
         assert len(index) == shapes[name][-1] // 2
         assert index == sorted(set(index))
+
+
+class TestRowsUnusedInTarget:
+    @pytest.mark.parametrize("count", COUNTS)
+    def test_every_token_is_counted_once_by_any_number_of_ranks(self, plans, count: int):
+        text = tiny.set_rows()
+        unused = [t for t in range(tiny.VOCAB_SIZE) if int((text == t).sum()) < count]
+        assert 3 <= len(unused) < tiny.VOCAB_SIZE - 3
+        for size in (1, 2, 3):
+            for found in plans[size]:
+                made = found[f"shield-{count}"]
+                assert made["rows"] == {
+                    "lm_head.weight": unused,
+                    "model.embed_tokens.weight": unused,
+                }
+                assert made == plans[1][0][f"shield-{count}"]
+                assert made["provenance"]["target"]["num_tokens"] == text.size
+
+    def test_plans_that_count_nothing_name_no_target(self, plans):
+        assert "target" not in plans[1][0]["paper"]["provenance"]
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"method.shield_rows.min_count": 2}, "method.shield_rows {'min_count': 9"),
+            ({"method.shield_rows": None}, "method.shield_rows {'min_count': 9"),
+            ({"data.path": "calibration"}, "the rows that another target text does not use"),
+        ],
+    )
+    def test_a_plan_of_another_count_or_text_is_refused(
+        self, ranks: RankServer, runs: Runs, changes: dict, words: str
+    ):
+        shield = {"rule": "unused_in_target", "min_count": 9}
+        method = {**SSU, "shield_rows": shield}
+        made = runs.get(method, 2)
+        if "data.path" in changes:
+            changes = {"data.path": str(runs.world() / changes["data.path"])}
+        recipe = runs.recipe("foreign-rows", {**method, "plan": str(made.folder / "plan")}, changes)
+        outcome = ranks.run("training:command", 1, recipe=recipe)
+        assert outcome.codes == [2]
+        assert words in outcome.errors[0] and "\n" not in outcome.errors[0]
 
 
 def test_random_choice_depends_on_the_seed(ranks: RankServer, runs: Runs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -138,16 +139,19 @@ class Ssu(Unprotected):
         else:
             columns = self._scored_columns(calibration, scored)
         whole = [t.name for t in found if t.is_vector and config.vectors == "freeze"]
+        rows = self._shielded_rows(calibration)
+        shield = config.shield_rows
         return FreezePlan(
             columns=columns,
-            rows=self._shielded_rows(calibration),
+            rows=rows,
             whole=frozenset(whole),
             provenance={
                 "method": "ssu",
                 "score": config.score,
                 "frozen_fraction": config.frozen_fraction,
                 "vectors": config.vectors,
-                "shield_token_ids": sorted(set(config.shield_token_ids)),
+                "shield_token_ids": list(config.shield_token_ids),
+                "shield_rows": None if shield is None else asdict(shield),
                 "seed": calibration.seed,
                 **calibration.provenance(),
             },
@@ -173,14 +177,20 @@ class Ssu(Unprotected):
         return columns
 
     def _shielded_rows(self, calibration: Calibration) -> dict[str, Tensor]:
-        ids = sorted(set(self._config.shield_token_ids))
-        if not ids:
-            return {}
+        """Return the rows of embedding and head that never move, the same for both."""
+        config = self._config
         structure: Any = calibration.structure
         size = int(structure.get_input_embeddings().weight.shape[0])
-        if ids[-1] >= size:
-            raise ConfigError(
-                f"method.shield_token_ids holds {ids[-1]}, but the vocabulary has {size} rows."
-            )
-        rows = torch.tensor(ids, dtype=torch.int64)
+        shielded = torch.zeros(size, dtype=torch.bool)
+        if config.shield_token_ids:
+            if (largest := max(config.shield_token_ids)) >= size:
+                raise ConfigError(
+                    f"method.shield_token_ids holds {largest}, but the vocabulary has {size} rows."
+                )
+            shielded[list(config.shield_token_ids)] = True
+        if config.shield_rows is not None:
+            shielded |= calibration.target_token_counts() < config.shield_rows.min_count
+        rows = shielded.nonzero().flatten()
+        if rows.numel() == 0:
+            return {}
         return {name: rows.clone() for name in embedding_names(calibration.structure)}

@@ -84,6 +84,13 @@ class TestMistakes:
             ("method.frozen_fraction", float("nan"), "frozen_fraction must lie in [0, 1], got nan"),
             ("method.score", "paper", "score paper needs source data: set calibration.path, or"),
             ("method.shield_token_ids", [4, -2], "shield_token_ids must be >= 0, got -2"),
+            (
+                "method.shield_rows",
+                {"rule": "unused_in_target", "min_count": 0},
+                "min_count must be > 0, got 0",
+            ),
+            ("method.shield_rows", {"rule": "rare"}, "method.shield_rows.rule"),
+            ("method.shield_rows", {"min_count": 2}, "method.shield_rows.rule"),
             ("optim.lr", 0, "lr must be > 0, got 0"),
             ("optim.lr", "fast", "optim.lr is 'fast': input should be a valid number"),
             ("optim.warmup_fraction", 1.0, "warmup_fraction must lie in [0, 1), got 1.0"),

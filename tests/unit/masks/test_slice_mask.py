@@ -187,3 +187,22 @@ def test_no_mask_of_full_size_is_kept():
     mask.zero_frozen_(torch.ones(5_000_000))
     kept = [t for t in (mask.columns, mask.rows, *mask._keep.values()) if t is not None]
     assert sum(t.numel() for t in kept) <= 2000
+
+
+def test_many_rows_cost_three_operations_and_a_vector():
+    # 90 % of a large vocabulary may be shielded; a loop over rows would take seconds a step.
+    rows = torch.arange(100_000)[torch.arange(100_000) % 10 > 0]
+    plan = FreezePlan(rows={"w": rows})
+    start, length = 123_457, 500_003
+    mask = plan.slice_mask("w", (100_000, 7), start, length)
+    assert mask is not None
+    grad = torch.ones(length)
+    assert len(list(mask._pieces(grad))) == 3
+    mask.zero_frozen_(grad)
+    row = torch.arange(start, start + length) // 7
+    assert torch.equal(grad, (row % 10 == 0).float())
+    param = torch.full((length,), 3.0)
+    mask.decay_(param, 0.25)
+    assert torch.equal(param, torch.where(row % 10 == 0, 2.25, 3.0))
+    assert mask.num_frozen() == int((row % 10 > 0).sum())
+    assert all(keep.numel() <= length // 7 + 2 for keep in mask._keep.values())

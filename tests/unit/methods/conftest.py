@@ -76,6 +76,9 @@ class FakeCalibration:
     def shards(self):
         return Shards(self.structure)
 
+    def target_token_counts(self):
+        return torch.tensor([0, 3, 1, 0, 9, 2, 0, 1, 5, 4, 0])
+
     def provenance(self):
         return {"model_hash": "m"}
 

@@ -263,6 +263,30 @@ class TestPlans:
         ):
             plan_of(calibration, shield_token_ids=[11])
 
+    @pytest.mark.parametrize(
+        ("min_count", "named", "expected"),
+        [
+            (1, [], [0, 3, 6, 10]),
+            (2, [], [0, 2, 3, 6, 7, 10]),
+            (1, [6, 4], [0, 3, 4, 6, 10]),
+            (10, [], list(range(11))),
+        ],
+    )
+    def test_rows_the_target_text_does_not_use(self, calibration, min_count, named, expected):
+        rule = {"rule": "unused_in_target", "min_count": min_count}
+        plan = plan_of(calibration, shield_rows=rule, shield_token_ids=named)
+        assert {k: v.tolist() for k, v in plan.rows.items()} == {
+            "embed.weight": expected,
+            "lm_head.weight": expected,
+        }
+        assert plan.provenance["shield_rows"] == rule
+        assert plan.provenance["shield_token_ids"] == named
+
+    def test_the_target_text_is_counted_only_where_asked(self, calibration):
+        calibration.target_token_counts = None
+        plan = plan_of(calibration)
+        assert plan.rows == {} and plan.provenance["shield_rows"] is None
+
     @pytest.mark.parametrize(("score", "passes"), [("paper", 3), ("mag_l2", 0), ("rand", 0)])
     def test_source_data_are_read_only_where_needed(self, calibration, score: str, passes: int):
         plan_of(calibration, score=score)
