@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from forgetscale.config import Recipe
-from forgetscale.data import TokenSet, require_same_tokenizer
+from forgetscale.data import TokenSet, open_data, require_same_tokenizer
+from forgetscale.engine.data_state import read_run_skips
 from forgetscale.errors import ConfigError
 from forgetscale.evaluation.reuse import is_live_task
 from forgetscale.evaluation.tasks import check_task_names
@@ -21,12 +22,13 @@ def check_inputs(recipe: Recipe) -> None:
 
     Raises:
         ConfigError: A task cannot be measured as asked, or the plan does not fit the model.
-        DataError: A folder is missing, damaged or made with another tokenizer.
+        DataError: A folder is missing, damaged or made with another tokenizer, or a skip list is
+            wrong.
     """
     config = read_model_config(recipe.model.path, recipe.model.attn_implementation)
     shapes = parameter_shapes(build_skeleton(config))
     SafetensorsFolder(recipe.model.path).check_shapes(shapes)
-    require_same_tokenizer(TokenSet(recipe.data.path), recipe.model.path)
+    read_run_skips(recipe, open_data(recipe.data, recipe.model.path))
     calibration = getattr(recipe.method, "calibration", None)
     if calibration is not None:
         require_same_tokenizer(TokenSet(calibration.path), recipe.model.path)

@@ -1,6 +1,11 @@
 """Recipes: dataclasses, loading, overrides, checks. Imports no torch."""
 
-from forgetscale.config.data import TokenDataConfig
+from forgetscale.config.data import (
+    DataConfig,
+    MixtureDataConfig,
+    MixtureSetConfig,
+    TokenDataConfig,
+)
 from forgetscale.config.load import (
     apply_overrides,
     dump_recipe,
@@ -26,8 +31,11 @@ from forgetscale.config.recipe import (
 
 __all__ = [
     "CalibrationConfig",
+    "DataConfig",
     "EvaluateConfig",
     "HftMethodConfig",
+    "MixtureDataConfig",
+    "MixtureSetConfig",
     "ModelConfig",
     "OptimConfig",
     "Recipe",

@@ -115,19 +115,20 @@ def _dataclasses_in(hint: Any) -> list[Any]:
     if dataclasses.is_dataclass(hint):
         return [hint]
     origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType, typing.Annotated):
+    if origin in (typing.Union, types.UnionType, typing.Annotated, tuple):
         return [found for part in typing.get_args(hint) for found in _dataclasses_in(part)]
     return []
 
 
-def _known_kinds() -> set[str]:
-    hint = typing.get_type_hints(Recipe)["method"]
+def _known_kinds(section: str) -> set[str]:
+    """Return the kinds of a section of the recipe, none if it has only one form."""
+    hint = typing.get_type_hints(Recipe).get(section)
     return {kind for item in _dataclasses_in(hint) for kind in _kinds(item)}
 
 
 def _sentence(error: Mapping[str, Any]) -> str:
     location = tuple(error["loc"])
-    kinds = _known_kinds()
+    kinds = _known_kinds(str(location[0])) if location else set()
     shown = ".".join(str(part) for i, part in enumerate(location) if not (part in kinds and i == 1))
     kind, value = error["type"], error.get("input")
     if kind == "unexpected_keyword_argument":

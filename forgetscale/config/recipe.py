@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from forgetscale.config.data import TokenDataConfig
+from forgetscale.config.data import DataConfig
 from forgetscale.config.methods import MethodConfig
 from forgetscale.config.ranges import STRICT, require
 
@@ -192,7 +192,7 @@ class Recipe:
 
     run: RunConfig
     model: ModelConfig
-    data: TokenDataConfig
+    data: DataConfig
     method: MethodConfig
     train: TrainConfig
     deepspeed: Path

@@ -2,24 +2,48 @@
 
 from forgetscale.data.format import content_hash, pack_doc_id, unpack_doc_id
 from forgetscale.data.packing import ConcatPacker, cut_rows
+from forgetscale.data.skip_list import (
+    SKIP_LIST_FILE,
+    SkipList,
+    SkippedRow,
+    append_skips,
+    read_skips,
+    settle_skips,
+)
 from forgetscale.data.stream import StreamBatch, TokenStream, calibration_rows, open_stream
 from forgetscale.data.token_set import DocumentPiece, TokenSet
 from forgetscale.data.tokenizer import require_same_tokenizer, tokenizer_files, tokenizer_hash
+from forgetscale.data.training_data import (
+    DataPart,
+    TrainingData,
+    data_difference,
+    open_data,
+)
 from forgetscale.data.writer import ShardWriter, token_set_payload, write_token_set
 
 __all__ = [
+    "SKIP_LIST_FILE",
     "ConcatPacker",
+    "DataPart",
     "DocumentPiece",
     "ShardWriter",
+    "SkipList",
+    "SkippedRow",
     "StreamBatch",
     "TokenSet",
     "TokenStream",
+    "TrainingData",
+    "append_skips",
     "calibration_rows",
     "content_hash",
     "cut_rows",
+    "data_difference",
+    "open_data",
     "open_stream",
     "pack_doc_id",
+    "read_skips",
     "require_same_tokenizer",
+    "settle_skips",
     "token_set_payload",
     "tokenizer_files",
     "tokenizer_hash",

@@ -7,16 +7,17 @@ number of ranks, at once and without worker processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from forgetscale.data.order import RowOrder
+from forgetscale.data.skip_list import SkipList
 from forgetscale.data.token_set import TokenSet
+from forgetscale.data.training_data import DataPart, TrainingData
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,72 +26,107 @@ class StreamBatch:
 
     input_ids: Int64[Tensor, "rows block"]
     row_ids: Int64[Tensor, " rows"]
-    """Row numbers in the set."""
+    """Row numbers in their sets."""
+    set_ids: Int64[Tensor, " rows"]
+    """Which set of the mixture each row is from; 0 for a single set."""
+    skipped: Bool[Tensor, " rows"]
+    """True where a row is on the skip list: it keeps its place and carries no target."""
     cursor: int
     """Rows consumed by all ranks after this batch; pass it to ``open_stream`` to go on."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """For ``metrics.jsonl``: shares of a mixture so far, skipped rows of the global batch."""
 
 
 class TokenStream(Iterator[StreamBatch]):
     """Endless iterator over this rank's batches; made by ``open_stream``.
 
     Attributes:
-        token_set: The set that is read.
+        data: The sets that are read.
         cursor: Rows consumed by all ranks so far.
+        skips: Rows that carry no targets; a longer list may be put in its place at any time.
     """
 
     def __init__(
         self,
-        token_set: TokenSet,
+        data: TrainingData,
         *,
         seed: int,
         global_batch_size: int,
         rank: int,
         world_size: int,
         cursor: int,
+        skips: SkipList | None,
     ) -> None:
-        self.token_set = token_set
+        self.data = data
         self.cursor = cursor
+        self.skips = SkipList(data) if skips is None else skips
         self._global_batch_size = global_batch_size
         self._first = global_batch_size * rank // world_size
         self._count = global_batch_size * (rank + 1) // world_size - self._first
-        self._order = RowOrder(token_set.num_rows, token_set.content_hash, seed)
+        self._order = data.order(seed)
 
     @property
-    def epoch(self) -> int:
-        """Whole passes over the set that are behind the cursor."""
-        return self.cursor // self.token_set.num_rows
+    def epochs(self) -> tuple[int, ...]:
+        """Whole passes over each set that are behind the cursor."""
+        counts = self._order.counts(self.cursor)
+        return tuple(
+            int(count) // part.token_set.num_rows
+            for count, part in zip(counts, self.data.parts, strict=True)
+        )
 
     def __next__(self) -> StreamBatch:
-        """Return the next batch of this rank."""
-        rows = self._order.rows(self.cursor + self._first, self._count)
-        input_ids = self.token_set.read(rows)
+        """Return the next batch of this rank; a global batch without any target is passed over."""
+        metrics: dict[str, float] = {}
+        while len(self.skips):
+            whole = self._order.draw(self.cursor, self._global_batch_size)
+            num_skipped = int(self.skips.skipped(self.cursor, *whole).sum())
+            if num_skipped < self._global_batch_size:
+                metrics["data/skipped_rows"] = num_skipped
+                break
+            self.cursor += self._global_batch_size
+        first = self.cursor + self._first
+        set_ids, rows = self._order.draw(first, self._count)
+        skipped = self.skips.skipped(first, set_ids, rows)
+        input_ids = self.data.read(set_ids, rows)
         self.cursor += self._global_batch_size
-        return StreamBatch(input_ids, torch.from_numpy(rows.copy()), self.cursor)
+        if len(self.data.parts) > 1:
+            metrics |= self.data.shares(self._order.counts(self.cursor))
+        return StreamBatch(
+            input_ids=input_ids,
+            row_ids=torch.from_numpy(rows.copy()),
+            set_ids=torch.from_numpy(set_ids),
+            skipped=torch.from_numpy(skipped),
+            cursor=self.cursor,
+            metrics=metrics,
+        )
 
 
 def open_stream(
-    path: str | Path | TokenSet,
+    path: str | Path | TokenSet | TrainingData,
     *,
     seed: int,
     global_batch_size: int,
     rank: int = 0,
     world_size: int = 1,
     cursor: int = 0,
+    skips: SkipList | None = None,
 ) -> TokenStream:
-    """Open the training stream of a token set for one rank.
+    """Open the training stream of a token set, or of a mixture of sets, for one rank.
 
     Global batch ``b`` holds the rows at positions ``b * global_batch_size`` and on of an order that
     depends on the content of the set, the seed and the epoch alone. Epochs follow one another; a
     global batch may straddle two. Ranks take contiguous parts of it that differ by one row at
-    most, so every row comes exactly once per epoch for any number of ranks and interruptions.
+    most, so every row comes exactly once per epoch for any number of ranks and interruptions, and
+    a stream reopened with another batch size goes on with the next unseen row.
 
     Args:
-        path: Token set folder, or an open ``TokenSet``.
+        path: Token set folder, an open ``TokenSet``, or ``TrainingData`` of one or more sets.
         seed: Seed of the order.
         global_batch_size: Rows a step over all ranks, >= 1.
         rank: This rank, 0..world_size - 1.
         world_size: Ranks that share each global batch, >= 1; ranks beyond the batch get no rows.
         cursor: Rows already consumed by all ranks, >= 0 (``StreamBatch.cursor`` of the last one).
+        skips: Rows that keep their place but carry no targets; None for none.
 
     Returns:
         An endless iterator of ``StreamBatch``.
@@ -104,14 +140,19 @@ def open_stream(
             f"need global_batch_size >= 1, 0 <= rank < world_size and cursor >= 0, got"
             f" {global_batch_size=}, {rank=}, {world_size=}, {cursor=}"
         )
-    token_set = path if isinstance(path, TokenSet) else TokenSet(path)
+    if isinstance(path, TrainingData):
+        data = path
+    else:
+        token_set = path if isinstance(path, TokenSet) else TokenSet(path)
+        data = TrainingData([DataPart(token_set.path.name, token_set, 1, None)])
     return TokenStream(
-        token_set,
+        data,
         seed=seed,
         global_batch_size=global_batch_size,
         rank=rank,
         world_size=world_size,
         cursor=cursor,
+        skips=skips,
     )
 
 

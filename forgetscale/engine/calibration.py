@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from forgetscale.api import Batch
 from forgetscale.config import CalibrationConfig
-from forgetscale.data import TokenSet, calibration_rows
+from forgetscale.data import TokenSet, TrainingData, calibration_rows
 from forgetscale.errors import ConfigError, DataError
 from forgetscale.models import CausalLMWithLoss
 from forgetscale.progress import Progress
@@ -31,7 +31,7 @@ class SourceCalibration:
         build: Builds the engine without optimizer. Collective.
         config: Calibration section of the recipe, or None.
         token_set: Its data, or None.
-        target: Token set that is trained on.
+        target: Data that is trained on.
         world: This process among all.
         model_hash: Content hash of the source model.
         progress: Makes the progress display from the number of passes.
@@ -42,7 +42,7 @@ class SourceCalibration:
     build: Callable[[], ZeroEngine]
     config: CalibrationConfig | None
     token_set: TokenSet | None
-    target: TokenSet
+    target: TrainingData
     world: World
     model_hash: str
     progress: Callable[[int], Progress]
@@ -105,26 +105,33 @@ class SourceCalibration:
         """
         embedding: Any = self.structure
         size = int(embedding.get_input_embeddings().weight.shape[0])
-        first, last = (
-            self.target.num_rows * part // self.world.size
-            for part in (self.world.rank, self.world.rank + 1)
-        )
         counts = torch.zeros(size, dtype=torch.int64)
         error: DataError | None = None
         try:
-            if self.target.vocab_size > size:
-                raise DataError(
-                    f"{self.target.path} was made with {self.target.vocab_size} token ids, but the"
-                    f" model embeds {size}; build it with the tokenizer of the model."
-                )
-            for row in range(first, last, COUNTED_ROWS):
-                ids = self.target.read(range(row, min(row + COUNTED_ROWS, last)))
-                counts += torch.bincount(ids.flatten(), minlength=size)
+            for part in self.target.parts:
+                counts += self._count_tokens(part.token_set, size)
         except DataError as found:
             error = found
         self.world.agree(error)
         self._counted_target = True
         return self.world.sum(counts)
+
+    def _count_tokens(self, token_set: TokenSet, size: int) -> Tensor:
+        """Count the tokens in this rank's rows of one set."""
+        if token_set.vocab_size > size:
+            raise DataError(
+                f"{token_set.path} was made with {token_set.vocab_size} token ids, but the"
+                f" model embeds {size}; build it with the tokenizer of the model."
+            )
+        first, last = (
+            token_set.num_rows * part // self.world.size
+            for part in (self.world.rank, self.world.rank + 1)
+        )
+        counts = torch.zeros(size, dtype=torch.int64)
+        for row in range(first, last, COUNTED_ROWS):
+            ids = token_set.read(range(row, min(row + COUNTED_ROWS, last)))
+            counts += torch.bincount(ids.flatten(), minlength=size)
+        return counts
 
     def provenance(self) -> Mapping[str, Any]:
         """Return hashes of model, calibration data and, where counted, target text."""

@@ -12,7 +12,7 @@ import torch
 from forgetscale.api import Method
 from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import accumulation_steps
-from forgetscale.data import TokenSet, open_stream, require_same_tokenizer
+from forgetscale.data import open_data, open_stream
 from forgetscale.engine.estimate import MemoryEstimate, estimate_memory, flops_per_token
 from forgetscale.engine.loop import accumulate, micro_batches
 from forgetscale.engine.metrics import memory_bytes
@@ -59,7 +59,7 @@ def look_ahead(recipe: Recipe, world_size: int, draw: Callable[[Any], frozenset[
     skeleton = build_skeleton(config)
     shapes = parameter_shapes(skeleton)
     frozen_whole = draw(skeleton)
-    block = TokenSet(recipe.data.path).block_size
+    block = open_data(recipe.data).block_size
     embedding = skeleton.get_input_embeddings().weight
     tied = skeleton.get_output_embeddings().weight is embedding
     name = next(n for n, p in skeleton.named_parameters() if p is embedding)
@@ -87,20 +87,19 @@ def mock_steps(recipe: Recipe, method: Method, world: World) -> Trial:
     The second is timed. Nothing is written, and no weight changes.
     Collective: every rank must call it.
     """
-    token_set = TokenSet(recipe.data.path)
-    require_same_tokenizer(token_set, recipe.model.path)
+    data = open_data(recipe.data, recipe.model.path)
     source = open_source(recipe, world)
     engine = start_engine(recipe, world, source, plan=None, training=True)
     engine.set_training(True)
     stream = open_stream(
-        token_set,
+        data,
         seed=recipe.data.shuffle_seed,
         global_batch_size=recipe.train.global_batch_size,
         rank=world.rank,
         world_size=world.size,
     )
     count = accumulation_steps(recipe, world.size)
-    num_targets = recipe.train.global_batch_size * (token_set.block_size - 1)
+    num_targets = recipe.train.global_batch_size * (data.block_size - 1)
     loss_sum, seconds = 0.0, 0.0
     for _ in range(NUM_STEPS):
         rows = next(stream).input_ids

@@ -17,6 +17,7 @@ DEEPSPEED_FILE = "deepspeed.json"
 _MAY_CHANGE = (
     "run.name",
     "run.output_dir",
+    "data.skip_rows",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",
     "train.audit_every_steps",

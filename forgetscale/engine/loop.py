@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from forgetscale.api import EDITS_GRADIENTS, EDITS_PARAMS, Method, overrides
 from forgetscale.checkpoint import CheckpointStore, RunState
 from forgetscale.config import Recipe
-from forgetscale.data import TokenStream
+from forgetscale.data import StreamBatch, TokenStream
 from forgetscale.engine.audit import FreezeAudit
 from forgetscale.engine.metrics import MetricsLog, memory_bytes
 from forgetscale.engine.stop import StopRequest
@@ -63,7 +63,10 @@ class StepResult:
 
 
 def micro_batches(
-    rows: Int64[Tensor, "rows T"], size: int, count: int
+    rows: Int64[Tensor, "rows T"],
+    size: int,
+    count: int,
+    skipped: Bool[Tensor, " rows"] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut a rank's rows into ``count`` micro-batches of ``size`` rows, the same on every rank.
 
@@ -74,6 +77,7 @@ def micro_batches(
         rows: Token ids of this rank's share of the step.
         size: Rows per micro-batch.
         count: Micro-batches; ``count * size`` is at least the number of rows.
+        skipped: True for rows that carry no target; None for none.
 
     Yields:
         ``(input_ids [size, T], labels [size, T])``.
@@ -85,6 +89,8 @@ def micro_batches(
         labels = rows.new_full((size, rows.shape[1]), IGNORE_INDEX)
         ids[: part.shape[0]] = part
         labels[: part.shape[0]] = part
+        if skipped is not None:
+            labels[: part.shape[0]][skipped[start : start + size]] = IGNORE_INDEX
         yield ids, labels
 
 
@@ -117,12 +123,12 @@ def accumulate(
     return loss_sum
 
 
-def train_step(job: Training, rows: Tensor, step: int) -> StepResult:
+def train_step(job: Training, batch: StreamBatch, step: int) -> StepResult:
     """Do one optimizer step. Collective: every rank must call it.
 
     Args:
         job: The run.
-        rows: This rank's rows of the global batch.
+        batch: This rank's rows of the global batch.
         step: Step number, 1 for the first.
 
     Raises:
@@ -130,7 +136,11 @@ def train_step(job: Training, rows: Tensor, step: int) -> StepResult:
     """
     recipe, engine, world = job.recipe, job.engine, job.world
     optim = recipe.optim
-    batches = list(micro_batches(rows, recipe.train.micro_batch_size, job.num_micro_batches))
+    batches = list(
+        micro_batches(
+            batch.input_ids, recipe.train.micro_batch_size, job.num_micro_batches, batch.skipped
+        )
+    )
     targets = torch.tensor([sum(int((y[:, 1:] != IGNORE_INDEX).sum()) for _, y in batches)])
     num_targets = int(world.sum(targets))
 
@@ -213,7 +223,7 @@ def train_loop(job: Training) -> RunState:
             step = job.state.step + 1
             start = time.perf_counter()
             batch = next(job.stream)
-            result = train_step(job, batch.input_ids, step)
+            result = train_step(job, batch, step)
             seconds = time.perf_counter() - start
 
             job.state = replace(
@@ -222,7 +232,7 @@ def train_loop(job: Training) -> RunState:
                 cursor=batch.cursor,
                 target_tokens=job.state.target_tokens + result.num_target_tokens,
             )
-            _log_step(job, result, seconds)
+            _log_step(job, result, batch, seconds)
             progress.update(step, f"loss {result.loss:.4f}")
             last = step == job.num_steps
             saves = last or step % train.checkpoint_every_steps == 0 or result.stop
@@ -241,7 +251,7 @@ def train_loop(job: Training) -> RunState:
     return job.state
 
 
-def _log_step(job: Training, result: StepResult, seconds: float) -> None:
+def _log_step(job: Training, result: StepResult, batch: StreamBatch, seconds: float) -> None:
     optim = job.recipe.optim
     lr = learning_rate(
         job.state.step,
@@ -261,6 +271,7 @@ def _log_step(job: Training, result: StepResult, seconds: float) -> None:
             "tokens_per_second": result.num_target_tokens / seconds,
             "memory_bytes": memory_bytes(),
             "skipped_steps": job.engine.skipped_steps,
+            **batch.metrics,
             **{f"method/{name}": value for name, value in result.method_metrics.items()},
         }
     )

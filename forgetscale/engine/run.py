@@ -16,9 +16,20 @@ from forgetscale.artifact import canonical_json, hash_bytes, hash_file
 from forgetscale.checkpoint import CheckpointStore, RunState, export_model
 from forgetscale.config import Recipe, recipe_dict
 from forgetscale.config.deepspeed import accumulation_steps, engine_config
-from forgetscale.data import TokenSet, open_stream, require_same_tokenizer
+from forgetscale.data import (
+    TokenSet,
+    TrainingData,
+    open_data,
+    open_stream,
+    require_same_tokenizer,
+)
 from forgetscale.engine.audit import FreezeAudit, audit_export
 from forgetscale.engine.calibration import SourceCalibration
+from forgetscale.engine.data_state import (
+    keep_data_record,
+    require_same_data,
+    settle_run_skips,
+)
 from forgetscale.engine.loop import Evaluate, Training, train_loop
 from forgetscale.engine.metrics import MetricsLog, RunLog
 from forgetscale.engine.stop import StopRequest
@@ -134,7 +145,7 @@ def calibration_for(
         build=lambda: start_engine(recipe, world, source, plan=None, training=False),
         config=config,
         token_set=token_set,
-        target=TokenSet(recipe.data.path),
+        target=open_data(recipe.data),
         world=world,
         model_hash=source.content_hash,
         progress=lambda total: Progress(
@@ -214,11 +225,11 @@ def _check_plan_recipe(path: Path, plan: FreezePlan, recipe: Recipe) -> None:
             )
     counted = plan.provenance.get("target")
     if counted is not None:
-        target = TokenSet(recipe.data.path).content_hash
+        target = open_data(recipe.data).content_hash
         if counted["content_hash"] != target:
             raise ConfigError(
                 f"freeze plan {path} shields the rows that another target text does not use"
-                f" (content hash {counted['content_hash'][:12]}, {recipe.data.path} has"
+                f" (content hash {counted['content_hash'][:12]}, the recipe's data have"
                 f" {target[:12]}); make the plan again with forgetscale calibrate."
             )
 
@@ -260,8 +271,7 @@ def train(
 
     Collective: every rank must call it.
     """
-    token_set = TokenSet(recipe.data.path)
-    require_same_tokenizer(token_set, recipe.model.path)
+    data = open_data(recipe.data, recipe.model.path)
     source = open_source(recipe, world)
     plan = settle_plan(recipe, world, source, method, log)
     log(_describe(plan, source))
@@ -269,15 +279,17 @@ def train(
     audit = FreezeAudit(engine.shards, world)
     output = recipe.run.output_dir
     store = open_store(recipe, world, log)
-    state = _resume(recipe, world, store, engine, method, plan, token_set, source, audit, log)
-    num_steps = num_train_steps(recipe, token_set.block_size)
+    state = _resume(recipe, world, store, engine, method, plan, data, source, audit, log)
+    world.on_main(lambda: keep_data_record(output, data))
+    num_steps = num_train_steps(recipe, data.block_size)
     stream = open_stream(
-        token_set,
+        data,
         seed=recipe.data.shuffle_seed,
         global_batch_size=recipe.train.global_batch_size,
         rank=world.rank,
         world_size=world.size,
         cursor=state.cursor,
+        skips=settle_run_skips(recipe, world, data, state, log),
     )
     metrics = MetricsLog(output, visible=world.is_main, step=state.step)
     progress = Progress(
@@ -316,7 +328,7 @@ def _resume(
     engine: ZeroEngine,
     method: Method,
     plan: FreezePlan | None,
-    token_set: TokenSet,
+    data: TrainingData,
     source: SourceModel,
     audit: FreezeAudit,
     log: Callable[[str], None],
@@ -326,7 +338,7 @@ def _resume(
         cursor=0,
         target_tokens=0,
         world_size=world.size,
-        data_hash=token_set.content_hash,
+        data_hash=data.content_hash,
         plan_hash=None if plan is None else plan.content_hash(),
         model_hash=source.content_hash,
     )
@@ -334,8 +346,8 @@ def _resume(
     found = store.find()
     if found is None:
         return fresh
+    require_same_data(store.path(found.step), found.data_hash, recipe.run.output_dir, data)
     for field, what in (
-        ("data_hash", "token set (data.path)"),
         ("plan_hash", "freeze plan"),
         ("model_hash", "source model (model.path)"),
     ):
@@ -361,13 +373,13 @@ def export_checkpoint(
         CheckpointError: The run has no good checkpoint.
     """
     output = recipe.run.output_dir
-    token_set = TokenSet(recipe.data.path)
+    data = open_data(recipe.data)
     source = open_source(recipe, world)
     plan = settle_plan(recipe, world, source, method, log)
     engine = start_engine(recipe, world, source, plan=plan, training=True)
     audit = FreezeAudit(engine.shards, world)
     store = open_store(recipe, world, log)
-    state = _resume(recipe, world, store, engine, method, plan, token_set, source, audit, log)
+    state = _resume(recipe, world, store, engine, method, plan, data, source, audit, log)
     if state.step == 0:
         raise CheckpointError(f"{output}/checkpoints holds no good checkpoint; train first.")
     export_run(recipe, world, source, plan, engine, state, directory, log)

@@ -328,13 +328,15 @@ def test_changed_data_are_refused(ranks: RankServer, runs: Runs, stopped):
 
     recipe = copy_of(stopped, "other-data")
     data = folder_of(recipe).with_name("data-2")
-    tiny.make_set(data, runs.world() / "model", seed=77)
+    tiny.make_set(data, runs.world() / "model", rows=33, seed=77)
     path = folder_of(recipe) / "recipe.yaml"
     # The same recipe, but the folder it names holds something else now.
     path.write_text(path.read_text().replace(recipe["data"]["path"], str(data)))
     recipe["data"]["path"] = str(data)
     outcome = ranks.run("training:command", 2, recipe=recipe)
-    refused(outcome, "was made with another token set (data.path)", 2)
+    refused(outcome, "was made with other training data", 2)
+    for words in (f"({data}: ", "num_rows was 40, is 33", "put the old data back"):
+        assert words in outcome.errors[0]
 
 
 def test_another_plan_is_refused(ranks: RankServer, stopped):

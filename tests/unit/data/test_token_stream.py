@@ -92,7 +92,7 @@ def test_cursor_reopens_anywhere_and_batch_size_may_change(sets):
     whole, _ = global_batches(sets(23), batch=1, world=1, cursor=0, count=60)
     flat = [row for batch in whole for row in batch]
     stream = open_stream(sets(23), seed=5, global_batch_size=7, cursor=40)
-    assert stream.epoch == 1
+    assert stream.epochs == (1,)
     batch = next(stream)
     assert batch.row_ids.tolist() == flat[40:47]
     assert batch.cursor == stream.cursor == 47
