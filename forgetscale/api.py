@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from forgetscale.masks import FreezePlan
-from forgetscale.ops.losses import cross_entropy
+from forgetscale.ops.losses import LossFunction, cross_entropy
 
 
 @dataclass(slots=True)
@@ -62,6 +62,8 @@ class Batch:
     """``[B, T]`` int64."""
     weight: Tensor
     """``[B]`` fp32, 1 for a real row and 0 for a row that only keeps ranks in step."""
+    block: Tensor
+    """``[B]`` int64, each row's position in the calibration order, ``0..num_blocks - 1``."""
 
 
 class Calibration(Protocol):
@@ -76,6 +78,10 @@ class Calibration(Protocol):
     seed: int
     """``run.seed``, for methods that draw at random."""
 
+    @property
+    def num_blocks(self) -> int:
+        """Return how many rows all ranks' batches hold together, each counted once."""
+
     def named_modules(self) -> Mapping[str, nn.Module]:
         """Return the live modules for forward hooks; their parameters are empty outside forward."""
 
@@ -84,6 +90,19 @@ class Calibration(Protocol):
 
     def forward(self, batch: Batch) -> None:
         """Run the decoder body without gradients. Collective: every rank must call it."""
+
+    def backward(self, batch: Batch, labels: Tensor, loss: LossFunction) -> None:
+        """Run the whole model and carry the gradient of a loss back to every module's output.
+
+        Gradients reach hooks on modules; no parameter gets one, nothing is reduced over ranks.
+
+        Args:
+            batch: Rows.
+            labels: ``[B, T]`` int64; position ``t`` belongs to the prediction made at ``t - 1``.
+            loss: Sum over positions, given logits ``[N, V]`` and the labels of those positions.
+
+        Collective: every rank must call it.
+        """
 
     def shards(self) -> ShardSet:
         """Return this rank's weights."""

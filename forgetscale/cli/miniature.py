@@ -12,7 +12,7 @@ import yaml
 
 from forgetscale.artifact import read_manifest, write_json
 from forgetscale.cli.stages import Terminal, forgetscale_command, run_stage
-from forgetscale.config import validate_recipe
+from forgetscale.config import DATA_SCORES, validate_recipe
 from forgetscale.engine import check_run_folder
 from forgetscale.errors import ConfigError, DataError
 from forgetscale.testbed import ensure_world
@@ -54,7 +54,7 @@ def method_section(name: str, calibration: Path) -> dict[str, Any]:
     if kind != "ssu":
         return {"kind": kind}
     section: dict[str, Any] = {"kind": "ssu", "frozen_fraction": 0.5, "score": score}
-    if score in ("paper", "official"):
+    if score in DATA_SCORES:
         section["calibration"] = {
             "path": str(calibration),
             "num_blocks": 500,

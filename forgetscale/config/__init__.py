@@ -15,7 +15,10 @@ from forgetscale.config.load import (
     validate_recipe,
 )
 from forgetscale.config.methods import (
+    DATA_SCORES,
+    SCORES,
     CalibrationConfig,
+    FisherConfig,
     HftMethodConfig,
     SftMethodConfig,
     SsuMethodConfig,
@@ -31,8 +34,10 @@ from forgetscale.config.recipe import (
 
 __all__ = [
     "CalibrationConfig",
+    "DATA_SCORES",
     "DataConfig",
     "EvaluateConfig",
+    "FisherConfig",
     "HftMethodConfig",
     "MixtureDataConfig",
     "MixtureSetConfig",
@@ -40,6 +45,7 @@ __all__ = [
     "OptimConfig",
     "Recipe",
     "RunConfig",
+    "SCORES",
     "SftMethodConfig",
     "SsuMethodConfig",
     "TokenDataConfig",

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict, Discriminator
 
 from forgetscale.config.ranges import STRICT, require, require_fraction
 
-SCORES = ("paper", "official", "mag_l1", "mag_l2", "rand")
-ScoreName = Literal["paper", "official", "mag_l1", "mag_l2", "rand"]
+ScoreName = Literal[
+    "paper", "official", "mag_l1", "mag_l2", "rand", "fisher", "sgpt_true", "sgpt_official"
+]
+SCORES: tuple[str, ...] = get_args(ScoreName)
+DATA_SCORES = ("paper", "official", "fisher", "sgpt_true", "sgpt_official")
+"""Scores that are measured on source data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,12 +31,26 @@ class CalibrationConfig:
     micro_batch_size: int = 1
     """Rows per forward pass, > 0. Part of the plan's identity: it fixes how matmuls are cut."""
 
+    max_statistics_bytes: int = 2**33
+    """Memory per rank for sums of outer products of inputs (``score: sgpt_true``), > 0; with less
+    than all of them need, the data are passed through the model several times."""
+
     def __post_init__(self) -> None:
         """Check ranges."""
-        require(self.num_blocks > 0, f"num_blocks must be > 0, got {self.num_blocks}")
-        require(
-            self.micro_batch_size > 0, f"micro_batch_size must be > 0, got {self.micro_batch_size}"
-        )
+        for name in ("num_blocks", "micro_batch_size", "max_statistics_bytes"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} must be > 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FisherConfig:
+    """How ``score: fisher`` is estimated: squared gradients of one block's mean loss."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    labels: Literal["data", "sampled"] = "data"
+    """``data``: the next token of the text (empirical Fisher); ``sampled``: tokens drawn from the
+    model's own predictions (true Fisher), the same for any number of ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +89,8 @@ class SsuMethodConfig:
     """Share of columns frozen in each matrix, in [0, 1]; 0 protects nothing, 1 freezes the body."""
     score: ScoreName = "paper"
     """Column score; see ``forgetscale.ops.importance.column_scores``."""
+    fisher: FisherConfig | None = None
+    """Only for ``score: fisher``; None takes its defaults."""
     axis: Literal["column"] = "column"
     """Direction of the freeze: input columns."""
     layout: Literal["masked"] = "masked"
@@ -84,12 +104,16 @@ class SsuMethodConfig:
     plan: Path | None = None
     """A finished plan folder; None makes the plan from ``calibration`` before training."""
     calibration: CalibrationConfig | None = None
-    """Source data for the scores; not needed by ``mag_l1``, ``mag_l2``, ``rand`` with matrices."""
+    """Source data for the scores; not needed by ``mag_l1``, ``mag_l2`` and ``rand``."""
 
     def __post_init__(self) -> None:
         """Check ranges and clashes."""
         require_fraction("frozen_fraction", self.frozen_fraction)
-        needs_data = self.score in ("paper", "official")
+        require(
+            self.fisher is None or self.score == "fisher",
+            f"fisher is for score fisher, but score is {self.score}",
+        )
+        needs_data = self.score in DATA_SCORES
         require(
             self.plan is not None or self.calibration is not None or not needs_data,
             f"score {self.score} needs source data: set calibration.path, or plan to reuse one",

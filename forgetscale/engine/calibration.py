@@ -14,6 +14,7 @@ from forgetscale.config import CalibrationConfig
 from forgetscale.data import TokenSet, TrainingData, calibration_rows
 from forgetscale.errors import ConfigError, DataError
 from forgetscale.models import CausalLMWithLoss
+from forgetscale.ops.losses import LossFunction
 from forgetscale.progress import Progress
 from forgetscale.zero3 import World, ZeroEngine, ZeroShards
 
@@ -61,35 +62,61 @@ class SourceCalibration:
         assert isinstance(module, CausalLMWithLoss)
         return dict(module.model.named_modules())
 
+    def _source_data(self) -> tuple[CalibrationConfig, TokenSet]:
+        if self.config is None or self.token_set is None:
+            raise ConfigError(
+                "this score needs source data; set method.calibration.path to a token set."
+            )
+        return self.config, self.token_set
+
+    @property
+    def num_blocks(self) -> int:
+        """Return how many rows are used."""
+        config, token_set = self._source_data()
+        return len(calibration_rows(token_set.num_rows, config.num_blocks))
+
     def batches(self) -> Iterator[Batch]:
         """Yield batches of ``micro_batch_size`` rows, cut the same way for any rank count.
 
         Group ``g`` always holds the same rows; ranks take groups in turn. A rank without a group
         in the last turn repeats one with weight 0, so that all make the same number of passes.
         """
-        if self.config is None or self.token_set is None:
-            raise ConfigError(
-                "this score needs source data; set method.calibration.path to a token set."
-            )
-        size = self.config.micro_batch_size
-        rows = calibration_rows(self.token_set.num_rows, self.config.num_blocks)
-        groups = [rows[first : first + size] for first in range(0, len(rows), size)]
+        config, token_set = self._source_data()
+        size = config.micro_batch_size
+        rows = calibration_rows(token_set.num_rows, config.num_blocks)
+        groups = [range(len(rows))[first : first + size] for first in range(0, len(rows), size)]
         turns = -(-len(groups) // self.world.size)
         with self.progress(turns) as progress:
             for turn in range(turns):
                 index = turn * self.world.size + self.world.rank
                 real = index < len(groups)
-                group = groups[index if real else 0]
-                ids = self.token_set.read(group + group[-1:] * (size - len(group)))
+                group = list(groups[index if real else 0])
                 weight = torch.zeros(size)
                 weight[: len(group)] = float(real)
-                yield Batch(ids.to(self.world.device), weight.to(self.world.device))
+                group += group[-1:] * (size - len(group))
+                ids = token_set.read([rows[block] for block in group])
+                parts = (ids, weight, torch.tensor(group))
+                yield Batch(*(part.to(self.world.device) for part in parts))
                 progress.update(turn + 1)
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> None:
         """Run the decoder body. Collective: every rank must call it."""
         self._live()(batch.input_ids, mode="body")
+
+    @torch.enable_grad()
+    def backward(self, batch: Batch, labels: Tensor, loss: LossFunction) -> None:
+        """Run the model and carry the gradient of ``loss`` back to every module's output.
+
+        No parameter requires a gradient, so the embedding's output must ask for it. With
+        ``model.activation_checkpointing`` only one decoder layer's activations exist at a time, as
+        in training; dropout stays off. Collective: every rank must call it.
+        """
+        engine = self._live()
+        module = engine.module
+        assert isinstance(module, CausalLMWithLoss)
+        with module.input_gradients():
+            engine.backward_activations(batch.input_ids, labels=labels, loss=loss)
 
     def shards(self) -> ZeroShards:
         """Return this rank's slices of the source weights."""

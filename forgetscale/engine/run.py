@@ -102,7 +102,7 @@ def start_engine(
     config = engine_config(recipe, world.size)
     dtype = DTYPES[recipe.model.dtype]
     model: Any = construct_partitioned(lambda: construct(source.config), config, dtype)
-    if recipe.model.activation_checkpointing and training:
+    if recipe.model.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def read(name: str, start: int, length: int, kind: torch.dtype) -> Tensor:

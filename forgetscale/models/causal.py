@@ -5,11 +5,14 @@ Shape letters: B sequences, T positions, N flattened positions, D model width, V
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from forgetscale.errors import ConfigError
 from forgetscale.ops.losses import LossFunction, chunked_loss, token_scores
@@ -71,6 +74,28 @@ class CausalLMWithLoss(nn.Module):
             )
         self.model: Any = model
         self.head: Any = LossHead(head, chunk_size)
+
+    @contextlib.contextmanager
+    def input_gradients(self) -> Iterator[None]:
+        """Let gradients flow through a model whose parameters need none, in evaluation mode.
+
+        Layers for which activation checkpointing was enabled recompute as in training: they look at
+        their own training flag, their parts (dropout) keep theirs.
+        """
+        layers = [
+            module
+            for module in self.model.modules()
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+        ]
+        self.model.enable_input_require_grads()
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+            self.model.disable_input_require_grads()
 
     def hidden_states(self, input_ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Return the last hidden states (after the final norm)."""

@@ -1,33 +1,77 @@
 """Column importance of weight matrices and the choice of frozen columns.
 
-Shape letters: O out features, I in features.
+Shape letters: O out features, I in features, B blocks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-Rule = Literal["paper", "official", "mag_l1", "mag_l2"]
-NORM_POWER: dict[str, int] = {"paper": 1, "mag_l1": 1, "official": 2, "mag_l2": 2}
-"""Power p of the weight norm ``||W[:, j]||_p`` that each rule uses."""
-INPUT_STATISTIC: dict[str, str] = {"paper": "l2_norm", "official": "mean_square"}
-"""Which statistic of the inputs a rule multiplies by; magnitude rules use none."""
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a column score is made of: a power of a weight norm times one statistic."""
+
+    statistic: str | None
+    """Statistic of the source data the score multiplies by; None for magnitude rules."""
+    norm: int | None
+    """p of the column norm ``||W[:, j]||_p``; None where the weights do not matter."""
+    exponent: int = 1
+    """Power to which the norm is raised."""
+    offset: float = 0.0
+    """Added to the statistic."""
+
+
+MATRIX_RULES: dict[str, Rule] = {
+    "paper": Rule("l2_norm", 1),
+    "mag_l1": Rule(None, 1),
+    "official": Rule("mean_square", 2),
+    "mag_l2": Rule(None, 2),
+    "fisher": Rule("fisher", None),
+    "sgpt_true": Rule("curvature", 2, exponent=2),
+    "sgpt_official": Rule("recent_mean_square", None),
+}
+"""How the columns of a matrix are scored, by name."""
+
+VECTOR_RULES: dict[str, Rule] = MATRIX_RULES | {
+    "official": Rule("mean_square", 2, offset=1.0),
+    "sgpt_official": Rule("recent_mean_square", 2, offset=1.0),
+}
+"""How the elements of a 1-D tensor are scored: each is a column of one element. The published code
+has one formula for them, ``|w_j| (1 + a_j)`` with the activation statistic of the score."""
+
+
+def find_rule(rules: Mapping[str, Rule], name: str) -> Rule:
+    """Return a rule by name.
+
+    Args:
+        rules: ``MATRIX_RULES`` or ``VECTOR_RULES``.
+        name: Name of the score.
+
+    Raises:
+        ValueError: There is no such rule.
+    """
+    if name not in rules:
+        raise ValueError(f"rule must be one of {', '.join(rules)}, got {name!r}")
+    return rules[name]
 
 
 def combine_scores(
-    weight_norm: Float[Tensor, " I"], input_norm: Float[Tensor, " I"] | None, rule: Rule
+    weight_norm: Float[Tensor, " I"], statistic: Float[Tensor, " I"] | None, rule: Rule
 ) -> Float[Tensor, " I"]:
-    """Multiply column norms of the weight by the input statistic, in fp64, rounded once to fp32.
+    """Multiply column norms of the weight by the statistic, in fp64, rounded once to fp32.
 
     Args:
-        weight_norm: ``||W[:, j]||_p`` with ``p = NORM_POWER[rule]``; any float type.
-        input_norm: Statistic named by ``INPUT_STATISTIC[rule]``; None for magnitude rules.
+        weight_norm: ``||W[:, j]||_p`` with ``p = rule.norm``; any float type. Where the rule needs
+            no norm only its length counts.
+        statistic: The statistic named by ``rule.statistic``; not used by magnitude rules.
         rule: Score rule.
 
     Returns:
@@ -35,56 +79,107 @@ def combine_scores(
         were added in another order (another number of ranks).
 
     Raises:
-        ValueError: A statistic is missing, superfluous, of another length or not finite.
+        ValueError: The statistic is missing or of another length, or a score is not finite.
     """
-    if rule not in NORM_POWER:
-        raise ValueError(f"rule must be one of {', '.join(NORM_POWER)}, got {rule!r}")
-    score = weight_norm.double()
-    if rule in INPUT_STATISTIC:
-        if input_norm is None:
-            raise ValueError(f"rule {rule!r} needs input_norm ({INPUT_STATISTIC[rule]})")
-        if input_norm.shape != weight_norm.shape:
+    score = torch.ones_like(weight_norm, dtype=torch.float64)
+    if rule.norm is not None:
+        score = weight_norm.double().pow(rule.exponent)
+    if rule.statistic is not None:
+        if statistic is None:
+            raise ValueError(f"this rule needs the statistic {rule.statistic}")
+        if statistic.shape != weight_norm.shape:
             raise ValueError(
-                f"input_norm has shape {tuple(input_norm.shape)}, expected"
+                f"the statistic {rule.statistic} has shape {tuple(statistic.shape)}, expected"
                 f" {tuple(weight_norm.shape)}: one value per input feature"
             )
-        score = score * input_norm.double()
+        score = score * (rule.offset + statistic.double())
     if not bool(torch.isfinite(score).all()):
-        raise ValueError(
-            f"scores of rule {rule!r} are not finite; check weights and calibration data"
-        )
+        raise ValueError("scores are not finite; check weights and calibration data")
     return score.float()
 
 
 def column_scores(
-    weight: Float[Tensor, "O I"], input_norm: Float[Tensor, " I"] | None, rule: Rule
+    weight: Float[Tensor, "O I"], statistic: Float[Tensor, " I"] | None, rule: str
 ) -> Float[Tensor, " I"]:
     """Score every input column of a weight matrix: how much the source model relies on it.
 
     Args:
         weight: Weight of a linear layer, ``[out_features, in_features]``.
-        input_norm: One value per input feature over all calibration tokens ``t``. For ``paper``
-            the norm ``||X_j||_2 = sqrt(sum_t x_tj^2)``; for ``official`` the mean square
-            ``mean_t x_tj^2`` (no root). Not used by ``mag_l1`` and ``mag_l2``; None will do.
-        rule: ``paper``: ``||W[:, j]||_1 * ||X_j||_2``; ``official``:
-            ``||W[:, j]||_2 * mean(x_j^2)``; ``mag_l1`` and ``mag_l2``: the weight norm alone.
+        statistic: One value per input feature over all calibration tokens ``t``, see below. Not
+            used by ``mag_l1`` and ``mag_l2``; None will do.
+        rule: ``paper``: ``||W[:, j]||_1 * ||X_j||_2`` with ``||X_j||_2 = sqrt(sum_t x_tj^2)``;
+            ``official``: ``||W[:, j]||_2 * mean_t x_tj^2`` (no root); ``mag_l1``, ``mag_l2``: the
+            weight norm alone; ``fisher``: the statistic ``sum_i F_ij`` alone; ``sgpt_true``:
+            ``||W[:, j]||_2^2`` times ``conditional_curvature``; ``sgpt_official``: the mean square
+            with weights from ``recent_block_weights`` alone.
 
     Returns:
         Scores ``[in_features]`` in fp32. Only their order within one matrix has a meaning; any
-        positive factor on ``input_norm`` leaves it unchanged.
+        positive factor on the statistic leaves it unchanged.
 
     Raises:
-        ValueError: Unknown rule, missing or misshapen ``input_norm``, non-finite result.
+        ValueError: Unknown rule, missing or misshapen statistic, non-finite result.
 
     Source:
         arXiv:2512.04844, Figure 1 (``paper``); gucci-j/ssu ``model_utils.py``,
-        ``_freeze_structured_ssu_2d`` (``official``), which computes in bf16: we use fp64 inside,
-        so ties in its last bits are resolved differently.
+        ``_freeze_structured_ssu_2d`` (``official``, ``fisher``, ``sgpt_official``), which computes
+        in bf16: we use fp64 inside, so ties in its last bits are resolved differently.
+        ``sgpt_true`` is SparseGPT (arXiv:2301.00774), saliency ``W_ij^2 / [chol(H^-1)]_jj^2``.
     """
-    if rule not in NORM_POWER:
-        raise ValueError(f"rule must be one of {', '.join(NORM_POWER)}, got {rule!r}")
-    norm = torch.linalg.vector_norm(weight.double(), ord=NORM_POWER[rule], dim=0)
-    return combine_scores(norm, input_norm, rule)
+    found = find_rule(MATRIX_RULES, rule)
+    norm = torch.linalg.vector_norm(weight.double(), ord=found.norm or 2, dim=0)
+    return combine_scores(norm, statistic, found)
+
+
+def conditional_curvature(
+    hessian: Float[Tensor, "I I"], damping: float = 0.01
+) -> Float[Tensor, " I"]:
+    """Return ``1 / [chol(H^-1)]_jj^2`` of a damped Hessian ``H = X^T X + damping mean(diag) 1``.
+
+    This is the curvature of the output error in ``w_j`` when the features after ``j`` may make up
+    for the change, as SparseGPT prunes from left to right. With ``H = R R^T`` and ``R`` upper
+    triangular it equals ``R_jj^2``: one factorisation of the reversed matrix, no inverse.
+
+    Args:
+        hessian: ``X^T X`` of the inputs, fp64.
+        damping: Share of the mean diagonal added to the diagonal, > 0.
+
+    Returns:
+        ``R_jj^2`` in fp64.
+
+    Raises:
+        ValueError: The matrix holds NaN or infinity, or is singular (all inputs are zero).
+
+    Source:
+        SparseGPT, arXiv:2301.00774, with the damping of its code (locuslab/wanda
+        ``lib/sparsegpt.py``: Cholesky, inverse, upper Cholesky).
+    """
+    if not bool(torch.isfinite(hessian.sum())):
+        raise ValueError("the Hessian of the inputs is not finite")
+    backwards = hessian.flip(0, 1)
+    backwards.diagonal().add_(damping * backwards.diagonal().mean())
+    factor, info = torch.linalg.cholesky_ex(backwards)
+    if int(info) != 0:
+        raise ValueError("the Hessian of the inputs is singular")
+    curvature: Tensor = factor.diagonal().square().flip(0)
+    return curvature
+
+
+def recent_block_weights(block: Int64[Tensor, " B"], num_blocks: int) -> Float[Tensor, " B"]:
+    """Return each block's weight in the running average ``e <- (e + new) / 2``, in fp64.
+
+    The published code averages so, in the order of blocks: the last block weighs 1/2. Written as
+    weights, the average no longer depends on which rank sees a block or when.
+
+    Args:
+        block: Positions in the calibration order, ``0..num_blocks - 1``.
+        num_blocks: Blocks of the whole calibration, > 0.
+
+    Returns:
+        ``2^-(num_blocks - k)`` for ``k >= 1`` and ``2^-(num_blocks - 1)`` for the first block;
+        they sum to 1. Blocks more than 1,074 before the last weigh 0 in fp64.
+    """
+    return torch.exp2((block.clamp_min(1) - num_blocks).double())
 
 
 def num_frozen(size: int, frozen_fraction: float) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from forgetscale.ops import IGNORE_INDEX
@@ -29,6 +29,42 @@ def cross_entropy(logits: Float[Tensor, "N V"], labels: Int64[Tensor, " N"]) -> 
     return torch.nn.functional.cross_entropy(
         logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum"
     )
+
+
+def sample_labels(
+    logits: Float[Tensor, "N V"], uniform: Float64[Tensor, " N"]
+) -> Int64[Tensor, " N"]:
+    """Draw one token per position from the model's own prediction.
+
+    The draw is a function of the logits and one number per position, by the inverse of the
+    cumulative distribution in fp64; a few positions at a time, to bound memory.
+
+    Args:
+        logits: Raw scores, any float type.
+        uniform: Numbers in [0, 1), one per position.
+    """
+    found = []
+    for start in range(0, logits.shape[0], 64):
+        part = slice(start, start + 64)
+        total = torch.softmax(logits[part].detach().double(), -1).cumsum(-1)
+        place = torch.searchsorted(total, uniform[part, None] * total[:, -1:], right=True)
+        found.append(place[:, 0].clamp_max(logits.shape[-1] - 1))
+    return torch.cat(found)
+
+
+def sampled_cross_entropy(uniform: Float64[Tensor, " positions"]) -> LossFunction:
+    """Return cross-entropy against tokens that the model itself draws.
+
+    Args:
+        uniform: Numbers in [0, 1). The labels given to the loss are places in this vector, so that
+            any chunk of positions finds its numbers; ``IGNORE_INDEX`` still means no loss.
+    """
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        drawn = sample_labels(logits, uniform[labels.clamp_min(0)])
+        return cross_entropy(logits, torch.where(labels == IGNORE_INDEX, labels, drawn))
+
+    return loss
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -116,6 +116,18 @@ class ZeroEngine:
         if last:
             self.shards.collect_gradients()
 
+    def backward_activations(self, *args: Any, **kwargs: Any) -> None:
+        """Run forward and carry the gradient of the returned scalar back to the activations.
+
+        For a model without optimizer. DeepSpeed's engine would prepare the optimizer's backward,
+        so it is passed by; the hooks that gather weights, in backward too, sit on the modules.
+
+        Collective: every rank must call it.
+        """
+        loss: Tensor = self._engine.module(*args, **kwargs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._engine.optimizer.release_backward_leftovers()
+
     def step(self, lr: float) -> float:
         """Clip, update, and return the norm of the unclipped gradient.
 

@@ -20,6 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from forgetscale.config import DATA_SCORES
 from forgetscale.data import tokenizer_hash, write_token_set
 
 VOCAB_SIZE = 67
@@ -104,7 +105,7 @@ def make_set(directory: Path, model: Path, *, rows: int = 40, seed: int = 1) -> 
 def base_recipe(folder: Path, name: str, **method: object) -> dict:
     """Return a recipe for the tiny world below ``folder`` (model/, data/, calibration/)."""
     method = method or {"kind": "sft"}
-    if method["kind"] == "ssu" and method.get("score", "paper") in ("paper", "official"):
+    if method["kind"] == "ssu" and method.get("score", "paper") in DATA_SCORES:
         method.setdefault(
             "calibration",
             {"path": str(folder / "calibration"), "num_blocks": 7, "micro_batch_size": 2},

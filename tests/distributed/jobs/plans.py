@@ -10,7 +10,7 @@ from forgetscale.config import validate_recipe
 from forgetscale.engine.metrics import RunLog
 from forgetscale.engine.run import calibration_for, make_plan, open_source
 from forgetscale.methods import METHODS
-from forgetscale.methods.ssu.method import input_norms, weight_norms
+from forgetscale.methods.ssu.scores import column_scores_of, input_statistics, weight_norms
 from forgetscale.methods.ssu.targets import find_targets
 from tests.distributed.jobs.shards import world
 
@@ -44,11 +44,38 @@ def statistics(recipe: dict) -> dict[str, Any]:
     targets = find_targets(calibration.structure)
     try:
         return {
-            "l2_norm": input_norms(calibration, targets, "l2_norm"),
-            "mean_square": input_norms(calibration, targets, "mean_square"),
+            **input_statistics(calibration, targets, parsed.method),
             "weight_l1": weight_norms(calibration, targets, 1),
             "weight_l2": weight_norms(calibration, targets, 2),
             "passes": sum(1 for _ in calibration.batches()),
         }
     finally:
         calibration.close()
+
+
+def scores(recipes: dict[str, dict]) -> dict[str, Any]:
+    """Return the column scores of each recipe, and what of the model stays gathered after them."""
+    here = world()
+    log = RunLog(Path(tempfile.mkdtemp()) / "log.txt", visible=False)
+    found: dict[str, Any] = {}
+    for name, recipe in recipes.items():
+        parsed = validate_recipe(recipe)
+        source = open_source(parsed, here)
+        calibration = calibration_for(parsed, here, source, log)
+        targets = find_targets(calibration.structure)
+        score = parsed.method.score
+        try:
+            found[name] = column_scores_of(calibration, targets, [score], parsed.method)[score]
+            live = calibration._engine.module
+            found[f"{name}/gathered"] = [
+                n
+                for n, p in live.named_parameters()
+                if p.ds_status.name != "NOT_AVAILABLE" and not p.ds_persist
+            ]
+            found[f"{name}/gradients"] = [
+                n for n, p in live.named_parameters() if p.grad is not None
+            ]
+            found[f"{name}/training"] = [n for n, m in live.named_modules() if m.training]
+        finally:
+            calibration.close()
+    return found

@@ -68,6 +68,19 @@ class FakeCalibration:
     def batches(self):
         yield from self._batches
 
+    @property
+    def num_blocks(self):
+        return int(sum(float(batch.weight.sum()) for batch in self._batches))
+
+    def backward(self, batch, labels, loss):
+        self.passes += 1
+        handle = self.structure.embed.register_forward_hook(
+            lambda module, inputs, output: output.detach().requires_grad_()
+        )
+        hidden = self.structure(batch.input_ids)[:, :-1]
+        loss(self.structure.lm_head(hidden).flatten(0, 1), labels[:, 1:].flatten()).backward()
+        handle.remove()
+
     @torch.no_grad()
     def forward(self, batch):
         self.passes += 1
@@ -99,7 +112,8 @@ def batches(ids):
     """Three batches of two rows; the last row of the last is there to fill only."""
     filled = torch.cat([ids, ids[-1:]]).view(3, 2, 7)
     weights = torch.tensor([[1.0, 1], [1, 1], [1, 0]])
-    return [Batch(rows, weight) for rows, weight in zip(filled, weights, strict=True)]
+    blocks = torch.tensor([[0, 1], [2, 3], [4, 4]])
+    return [Batch(*parts) for parts in zip(filled, weights, blocks, strict=True)]
 
 
 @pytest.fixture

@@ -7,20 +7,20 @@ import torch
 from torch import nn
 
 from forgetscale.api import Batch
-from forgetscale.config import SsuMethodConfig
+from forgetscale.config import DATA_SCORES, SCORES, SsuMethodConfig
 from forgetscale.errors import ConfigError, DataError
 from forgetscale.methods import METHODS
-from forgetscale.methods.ssu.method import input_norms, random_frozen, vector_scores, weight_norms
+from forgetscale.methods.ssu.method import random_frozen
+from forgetscale.methods.ssu.scores import column_scores_of, input_statistics, weight_norms
+from forgetscale.methods.ssu.statistics import InputStatistics
 from forgetscale.methods.ssu.targets import embedding_names, find_targets
 from forgetscale.ops.importance import column_scores, select_frozen
-
-SCORES = ("paper", "official", "mag_l1", "mag_l2", "rand")
 
 
 def config(**settings) -> SsuMethodConfig:
     found = {"kind": "ssu", "score": "mag_l2", **settings}
-    if found["score"] in ("paper", "official"):
-        found["calibration"] = {"path": "unused"}
+    if found["score"] in DATA_SCORES:
+        found["calibration"] = {"path": "unused", **found.get("calibration", {})}
     from forgetscale.config import validate_recipe
 
     recipe = {
@@ -36,7 +36,7 @@ def config(**settings) -> SsuMethodConfig:
     return method
 
 
-def plan_of(calibration, **settings):
+def plan_of(calibration, /, **settings):
     return METHODS["ssu"](config(**settings)).prepare(calibration)
 
 
@@ -93,21 +93,36 @@ class TestTargets:
 class TestStatistics:
     def test_real_tokens_only(self, calibration, body, ids):
         targets = find_targets(body)
-        for statistic in ("l2_norm", "mean_square"):
-            found = input_norms(calibration, targets, statistic)
-            for name, x in inputs_of(body, ids).items():
-                if name == "lm_head":
-                    continue
-                square = x.square()
-                exact = square.sum(0).sqrt() if statistic == "l2_norm" else square.mean(0)
-                assert torch.allclose(found[name], exact, rtol=1e-5), (name, statistic)
+        found = input_statistics(calibration, targets, config())
+        assert calibration.passes == 3, "one pass serves all"
+        for name, x in inputs_of(body, ids).items():
+            if name == "lm_head":
+                continue
+            square = x.square()
+            blocks = square.view(5, 7, -1).mean(1)
+            recent = blocks[0]
+            for new in blocks[1:]:
+                recent = (recent + new) / 2
+            exact = {
+                "l2_norm": square.sum(0).sqrt(),
+                "mean_square": square.mean(0),
+                "recent_mean_square": recent,
+            }
+            assert set(found) == set(exact)
+            for statistic, value in exact.items():
+                assert torch.allclose(found[statistic][f"{name}.weight"], value, rtol=1e-5)
 
     def test_batches_of_filler_change_nothing(self, kit, body, batches):
         targets = find_targets(body)
-        filler = Batch(torch.full((2, 7), 9), torch.zeros(2))
-        plain = input_norms(kit.FakeCalibration(body, batches), targets, "mean_square")
-        more = input_norms(kit.FakeCalibration(body, [*batches, filler]), targets, "mean_square")
-        assert all(torch.equal(plain[name], more[name]) for name in plain)
+        filler = Batch(torch.full((2, 7), 9), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+        for score in DATA_SCORES:
+            plain, more = (
+                column_scores_of(
+                    kit.FakeCalibration(body, used), targets, [score], config(score=score)
+                )
+                for used in (batches, [*batches, filler])
+            )
+            assert all(torch.equal(plain[score][name], more[score][name]) for name in plain[score])
 
     def test_token_mean_not_mean_of_sequence_means(self):
         # Sequences [1, 1] and [3]: tokens weigh alike, so 11/3 and not (1 + 9) / 2.
@@ -119,22 +134,20 @@ class TestStatistics:
             def forward(self, ids):
                 return self.layer(ids[..., None].float())
 
-        from forgetscale.methods.ssu.statistics import InputStatistics
-
         model = One()
-        statistics = InputStatistics({"layer": model.layer})
-        for row in ([1, 1], [3]):
-            batch = Batch(torch.tensor([row]), torch.ones(1))
+        statistics = InputStatistics({"layer": model.layer}, 2)
+        for block, row in enumerate(([1, 1], [3])):
+            batch = Batch(torch.tensor([row]), torch.ones(1), torch.tensor([block]))
             statistics.start(batch)
             model(batch.input_ids)
         statistics.close()
-        assert statistics.sums["layer"].item() / statistics.num_tokens == pytest.approx(
-            3.6667, 1e-4
-        )
+        mean = statistics.sums["layer"][0].item() / statistics.num_tokens
+        assert mean == pytest.approx(3.6667, 1e-4)
 
     def test_hooks_are_removed(self, calibration, body):
-        input_norms(calibration, find_targets(body), "l2_norm")
-        assert not any(m._forward_pre_hooks for m in body.modules())
+        for score in DATA_SCORES:
+            plan_of(calibration, score=score)
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in body.modules())
 
     def test_bf16_activations_are_summed_wide(self, kit):
         class Wide(nn.Module):
@@ -145,17 +158,16 @@ class TestStatistics:
             def forward(self, ids):
                 self.layer(torch.full((*ids.shape, 1), 1.0078125).bfloat16())
 
-        from forgetscale.methods.ssu.statistics import InputStatistics
-
         model = Wide().bfloat16()
-        statistics = InputStatistics({"layer": model.layer})
-        batch = Batch(torch.zeros(4, 500, dtype=torch.int64), torch.ones(4))
+        statistics = InputStatistics({"layer": model.layer}, 12)
+        batch = Batch(torch.zeros(4, 500, dtype=torch.int64), torch.ones(4), torch.arange(4))
         for _ in range(3):
             statistics.start(batch)
             with torch.no_grad():
                 model(batch.input_ids)
         statistics.close()
-        assert statistics.sums["layer"].item() == pytest.approx(6000 * 1.0078125**2, rel=1e-6)
+        total = statistics.sums["layer"][0].item()
+        assert total == pytest.approx(6000 * 1.0078125**2, rel=1e-6)
 
     def test_duplicated_data_change_no_choice(self, kit, body, batches):
         for score in ("paper", "official"):
@@ -167,10 +179,13 @@ class TestStatistics:
 class TestErrors:
     def test_a_module_that_never_runs(self, calibration, body):
         body.uses_extra = False
-        for score in ("paper", "official"):
+        for score in DATA_SCORES:
             with pytest.raises(DataError) as caught:
                 plan_of(calibration, score=score)
-            assert str(caught.value).startswith("ssu: extra never ran on the calibration data,")
+            wanted = "ssu: extra never ran on the calibration data,"
+            if score == "fisher":
+                wanted = "ssu: extra.weight got no gradient on the calibration data,"
+            assert str(caught.value).startswith(wanted)
             assert "\n" not in str(caught.value)
         assert plan_of(calibration, score="mag_l1").columns
 
@@ -186,12 +201,14 @@ class TestErrors:
         with pytest.raises(DataError, match="right has input width 5 .* expected input width 6"):
             plan_of(kit.FakeCalibration(Reshaping(), batches), score="paper")
 
+    @pytest.mark.parametrize("score", DATA_SCORES)
     @pytest.mark.parametrize("weight", [0.0, None])
-    def test_no_token(self, kit, body, batches, weight):
-        empty = [] if weight is None else [Batch(batches[0].input_ids, torch.zeros(2))]
-        with pytest.raises(DataError) as caught:
-            plan_of(kit.FakeCalibration(body, empty), score="paper")
-        assert "never ran" in str(caught.value) or "holds no tokens" in str(caught.value)
+    def test_no_token(self, kit, body, batches, weight, score: str):
+        blocks = torch.zeros(2, dtype=torch.int64)
+        empty = [] if weight is None else [Batch(batches[0].input_ids, torch.zeros(2), blocks)]
+        expected = "holds no token" if empty else "never ran|got no gradient"
+        with pytest.raises(DataError, match=expected):
+            plan_of(kit.FakeCalibration(body, empty), score=score)
 
     def test_a_failing_forward_is_not_swallowed(self, calibration, body):
         def fail(ids):
@@ -202,14 +219,44 @@ class TestErrors:
             plan_of(calibration, score="paper")
         assert not any(m._forward_pre_hooks for m in body.modules())
 
-    def test_not_finite_activations(self, calibration, body):
+    @pytest.mark.parametrize("score", DATA_SCORES)
+    def test_not_finite_activations(self, calibration, body, score: str):
         with torch.no_grad():
             body.embed.weight[3] = float("inf")
-        with pytest.raises(ValueError, match="not finite"):
-            plan_of(calibration, score="paper")
+        with pytest.raises(DataError, match=r"ssu: left(.weight)?\b.* not finite") as caught:
+            plan_of(calibration, score=score)
+        assert "\n" not in str(caught.value)
+
+    def test_singular_hessian_names_the_module(self, calibration, body):
+        with torch.no_grad():
+            body.embed.weight.zero_()
+        with pytest.raises(DataError, match="ssu: left cannot be scored by sgpt_true: .* singular"):
+            plan_of(calibration, score="sgpt_true")
+
+    def test_too_little_memory_for_one_matrix(self, calibration):
+        with pytest.raises(ConfigError, match="is 100, but the inputs of left alone need 288"):
+            plan_of(calibration, score="sgpt_true", calibration={"max_statistics_bytes": 100})
 
 
 class TestPlans:
+    def test_several_scores_share_their_passes(self, calibration, body):
+        targets = find_targets(body)
+        names = [name for name in SCORES if name not in ("rand", "fisher")]
+        together = column_scores_of(calibration, targets, names, config(score="sgpt_true"))
+        assert calibration.passes == 3
+        for name in names:
+            alone = column_scores_of(calibration, targets, [name], config(score="sgpt_true"))
+            for target in targets:
+                assert torch.equal(alone[name][target.name], together[name][target.name])
+
+    def test_memory_bound_changes_passes_and_nothing_else(self, calibration):
+        # left and right share a matrix of 6 x 6 numbers, extra has one of 4 x 4.
+        whole = plan_of(calibration, score="sgpt_true")
+        assert calibration.passes == 3
+        bounded = plan_of(calibration, score="sgpt_true", calibration={"max_statistics_bytes": 300})
+        assert calibration.passes == 3 + 6
+        assert bounded.content_hash() == whole.content_hash()
+
     @pytest.mark.parametrize("score", ["paper", "official", "mag_l1", "mag_l2"])
     def test_matrices_by_the_pure_function(self, calibration, body, ids, score: str):
         plan = plan_of(calibration, score=score)
@@ -244,13 +291,26 @@ class TestPlans:
         plan = plan_of(calibration, vectors="freeze")
         assert every.isdisjoint(plan.columns) and plan.whole == every
 
-    def test_vector_scores(self):
-        weight = torch.tensor([1.0, 2, 3], dtype=torch.float64)
-        statistic = torch.tensor([4.0, 1, 0], dtype=torch.float64)
-        assert vector_scores(weight, statistic, "paper").tolist() == [4, 2, 0]
-        assert vector_scores(weight, statistic, "official").tolist() == [5, 4, 3]
-        assert vector_scores(weight, None, "paper").tolist() == [1, 2, 3]
-        assert vector_scores(weight, None, "mag_l1").tolist() == [1, 2, 3]
+    def test_vector_scores(self, calibration, body):
+        """A vector's element is a column; a bias reads the constant 1."""
+        x = input_statistics(calibration, find_targets(body), config())
+        x = {name: values["norm.weight"] for name, values in x.items()}
+        gain, bias = (p.detach().double().abs() for p in (body.norm.weight, body.left.bias))
+        diagonal = x["l2_norm"].square()
+        expected = {
+            "paper": (gain * x["l2_norm"], bias),
+            "official": (gain * (1 + x["mean_square"]), bias),
+            "sgpt_official": (gain * (1 + x["recent_mean_square"]), bias),
+            "sgpt_true": (gain**2 * (diagonal + 0.01 * diagonal.mean()), bias**2),
+            "mag_l1": (gain, bias),
+            "mag_l2": (gain, bias),
+        }
+        found = column_scores_of(
+            calibration, find_targets(body), list(expected), config(score="sgpt_true")
+        )
+        for score, (for_gain, for_bias) in expected.items():
+            assert torch.allclose(found[score]["norm.weight"], for_gain.float(), rtol=1e-6), score
+            assert torch.allclose(found[score]["left.bias"], for_bias.float(), rtol=1e-6), score
 
     def test_shielded_rows(self, calibration):
         plan = plan_of(calibration, shield_token_ids=[7, 2, 7])
@@ -287,7 +347,10 @@ class TestPlans:
         plan = plan_of(calibration)
         assert plan.rows == {} and plan.provenance["shield_rows"] is None
 
-    @pytest.mark.parametrize(("score", "passes"), [("paper", 3), ("mag_l2", 0), ("rand", 0)])
+    @pytest.mark.parametrize(
+        ("score", "passes"),
+        [("paper", 3), ("fisher", 3), ("sgpt_official", 3), ("mag_l2", 0), ("rand", 0)],
+    )
     def test_source_data_are_read_only_where_needed(self, calibration, score: str, passes: int):
         plan_of(calibration, score=score)
         assert calibration.passes == passes
