@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from data_prep.ledger import Ledger
+from data_prep.readers import Line, ReadOptions, SourceReader, is_plain_text
 from data_prep.sample import select_documents
-from data_prep.sources import Line, SourceReader, estimate_text_bytes, find_sources
+from data_prep.sources import estimate_text_bytes, find_sources
 from data_prep.tokenise import (
     TokenizeOptions,
     Unit,
     end_token_id,
     load_tokenizer,
+    read_document,
     tokenize_units,
 )
 from forgetscale.artifact import ArtifactWriter
@@ -56,6 +58,11 @@ class BuildOptions:
     escapes: str = "undo"
     max_document_tokens: int | None = None
     max_reject_fraction: float = 0.05
+    text_field: str = "text"
+    text_documents: str = "line"
+    max_line_bytes: int = 256 << 20
+    max_ratio: float = 200.0
+    max_file_bytes: int = 1 << 40
     num_processes: int | None = None
     log: Path | None = None
 
@@ -65,7 +72,8 @@ class BuildOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} must be >= {least}, got {value}.")
-        for name in ("max_document_tokens", "num_processes"):
+        limits = ("max_line_bytes", "max_ratio", "max_file_bytes")
+        for name in ("max_document_tokens", "num_processes", *limits):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be >= 1, got {value}.")
@@ -73,6 +81,18 @@ class BuildOptions:
             raise ConfigError(
                 f"--max-reject-fraction must be in 0..1, got {self.max_reject_fraction}."
             )
+
+    @property
+    def read(self) -> ReadOptions:
+        """How files are read."""
+        return ReadOptions(
+            max_line_bytes=self.max_line_bytes,
+            max_ratio=self.max_ratio,
+            max_file_bytes=self.max_file_bytes,
+            text_field=self.text_field,
+            chat=self.chat,
+            text_documents=self.text_documents,
+        )
 
 
 def build(options: BuildOptions) -> dict[str, Any]:
@@ -92,7 +112,7 @@ def build(options: BuildOptions) -> dict[str, Any]:
     work, vocab_size = _check_tokenizer(options)
     with ArtifactWriter(options.output, KIND, recipe=_recipe(options)) as artifact:
         with Ledger(paths, artifact.path / REJECTS_NAME, options.block_size) as ledger:
-            selected, sampling = _sample(paths, options, ledger)
+            selected, sampling = _sample(paths, options, work, ledger)
             writer = ShardWriter(
                 artifact.path, block_size=options.block_size, vocab_size=vocab_size
             )
@@ -143,6 +163,7 @@ def _check_tokenizer(options: BuildOptions) -> tuple[TokenizeOptions, int]:
         end_token=end_token_id(tokenizer, options.document_end, options.tokenizer),
         undo_escapes=options.escapes == "undo",
         max_document_tokens=options.max_document_tokens,
+        text_field=options.text_field,
     )
     return work, max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
@@ -165,17 +186,19 @@ def _document_counts(ledger: Ledger) -> dict[str, int]:
 
 
 def _sample(
-    paths: Sequence[Path], options: BuildOptions, ledger: Ledger
+    paths: Sequence[Path], options: BuildOptions, work: TokenizeOptions, ledger: Ledger
 ) -> tuple[np.ndarray | None, dict[str, int] | None]:
     """Choose documents in a first pass over the input, if a number was asked for."""
     if not options.max_documents:
         return None, None
     with _progress(paths, "sample", options) as progress:
         selected, num_candidates = select_documents(
-            _read_lines(paths, ledger, progress),
+            _read_lines(paths, options.read, ledger, progress),
             max_documents=options.max_documents,
             seed=options.seed,
-            chat=options.chat,
+            read=lambda index, line: read_document(
+                line, work, plain_text=is_plain_text(paths[index])
+            ),
             on_reject=ledger.reject,
         )
     return selected, {
@@ -196,7 +219,7 @@ def _write_rows(
     """Tokenise, pack and write all documents; return the number of tokens left over."""
     packer = ConcatPacker(options.block_size, rows_per_batch(options.block_size), writer.dtype)
     with _progress(paths, "build", options) as progress:
-        units = _units(_read_lines(paths, ledger, progress), selected)
+        units = _units(_read_lines(paths, options.read, ledger, progress), paths, selected)
         for result in tokenize_units(units, work, num_processes=_num_processes(paths, options)):
             ledger.add(result)
             doc_ids = result.doc_lines.astype(np.uint64) | np.uint64(result.file_index << LINE_BITS)
@@ -213,13 +236,13 @@ def _progress(paths: Sequence[Path], label: str, options: BuildOptions) -> Progr
 
 
 def _read_lines(
-    paths: Sequence[Path], ledger: Ledger, progress: Progress
+    paths: Sequence[Path], options: ReadOptions, ledger: Ledger, progress: Progress
 ) -> Iterator[tuple[int, Line]]:
     """Yield ``(file index, line)`` of the whole input, in order."""
     done = reported = 0
     for index, path in enumerate(paths):
         num_lines = 0
-        with SourceReader(path) as reader:
+        with SourceReader(path, options) as reader:
             for line in reader.lines():
                 num_lines += 1
                 yield index, line
@@ -232,7 +255,9 @@ def _read_lines(
         progress.update(done)
 
 
-def _units(lines: Iterator[tuple[int, Line]], selected: np.ndarray | None) -> Iterator[Unit]:
+def _units(
+    lines: Iterator[tuple[int, Line]], paths: Sequence[Path], selected: np.ndarray | None
+) -> Iterator[Unit]:
     """Group chosen lines into units of about ``_UNIT_BYTES``, each from one file."""
     unit = Unit(0, [])
     num_bytes = 0
@@ -248,7 +273,7 @@ def _units(lines: Iterator[tuple[int, Line]], selected: np.ndarray | None) -> It
             yield unit
             unit, num_bytes = Unit(file_index, []), 0
         if not unit.lines:
-            unit = Unit(file_index, [])
+            unit = Unit(file_index, [], is_plain_text(paths[file_index]))
         unit.lines.append(line)
         num_bytes += len(line.data)
     if unit.lines:

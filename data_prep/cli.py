@@ -70,8 +70,8 @@ def _add_build(commands: Any) -> None:
         required=True,
         action="extend",
         metavar="PATH_OR_GLOB",
-        help=".jsonl or .jsonl.gz files, folders of them, or glob patterns; read in this order,"
-        " each folder and pattern sorted by name",
+        help=".jsonl, .txt (both also .gz, .zst), .parquet or .arrow files, folders of one kind, or"
+        " glob patterns; read in this order, each folder and pattern sorted by name",
     )
     add("--tokenizer", type=Path, required=True, metavar="DIR", help="folder AutoTokenizer loads")
     add("--block-size", type=int, required=True, metavar="N", help="tokens a row")
@@ -95,6 +95,7 @@ def _add_build(commands: Any) -> None:
         " input twice",
     )
     _add_build_details(add)
+    _add_reading(add)
     build.set_defaults(run=_run_build)
 
 
@@ -141,6 +142,44 @@ def _add_build_details(add: Callable[..., Any]) -> None:
         " is the same for any N",
     )
     add("--log", type=Path, metavar="FILE", help="append progress lines to FILE")
+
+
+def _add_reading(add: Callable[..., Any]) -> None:
+    """Add the options about fields and the limits that keep bad files from doing harm."""
+    add(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="JSON field or table column with the text (default text)",
+    )
+    add(
+        "--text-documents",
+        choices=("line", "paragraph", "file"),
+        default="line",
+        help="what one document is in .txt files (default line)",
+    )
+    add(
+        "--max-line-bytes",
+        type=int,
+        default=256 << 20,
+        metavar="N",
+        help="set longer lines or rows aside as rejects (default 256 MiB)",
+    )
+    add(
+        "--max-ratio",
+        type=float,
+        default=200.0,
+        metavar="X",
+        help="fail if a file of more than 16 MiB grows more than X times when decompressed"
+        " (default 200)",
+    )
+    add(
+        "--max-file-bytes",
+        type=int,
+        default=1 << 40,
+        metavar="N",
+        help="fail if a file has more bytes than this once decompressed (default 1 TiB)",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

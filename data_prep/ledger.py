@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from data_prep.readers import SourceReader
 from data_prep.records import ESCAPES
-from data_prep.sources import SourceReader
 from data_prep.tokenise import TokenizedUnit
 from forgetscale.errors import DataError
 

@@ -40,32 +40,47 @@ def undo_escapes(text: str) -> tuple[str, Counter[str]]:
     return _ESCAPE.sub(lambda match: ESCAPES[match[0]], text), counts
 
 
-def parse_record(data: bytes, *, chat: bool) -> Document:
-    """Return the document of one line.
+def parse_text(data: bytes) -> Document:
+    """Return the document of plain text.
+
+    Raises:
+        BadRecordError: It is not UTF-8 or holds a NUL character.
+    """
+    return Document(text=_require_characters(_decode(data).removesuffix("\r")))
+
+
+def parse_record(data: bytes, *, chat: bool, field: str = "text") -> Document:
+    """Return the document of one line of JSON.
 
     Args:
         data: The line as stored.
-        chat: Take ``messages`` where a row has them; else only ``text`` counts.
+        chat: Take ``messages`` where a row has them; else only ``field`` counts.
+        field: Name of the field that holds the text.
 
     Raises:
-        BadRecordError: The line is not UTF-8, not a JSON object, or has no usable field.
+        BadRecordError: The line is not UTF-8, not a JSON object, has no usable field, or holds a
+            NUL character.
     """
     try:
-        record = json.loads(data.decode("utf-8").removeprefix("\ufeff"))
-    except UnicodeDecodeError as error:
-        raise BadRecordError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
+        record = json.loads(_decode(data))
     except (ValueError, RecursionError) as error:
         raise BadRecordError(f"not JSON ({error})") from error
     if not isinstance(record, Mapping):
         raise BadRecordError(f"not a JSON object but {type(record).__name__}")
     if chat and "messages" in record:
         return Document(messages=_messages(record["messages"]))
-    if "text" not in record:
-        wanted = "neither 'messages' nor 'text'" if chat else "no field 'text'"
-        raise BadRecordError(wanted)
-    if not isinstance(record["text"], str):
-        raise BadRecordError(f"'text' is not a string but {type(record['text']).__name__}")
-    return Document(text=_require_unicode(record["text"]))
+    if field not in record:
+        raise BadRecordError(f"neither 'messages' nor '{field}'" if chat else f"no field '{field}'")
+    if not isinstance(record[field], str):
+        raise BadRecordError(f"'{field}' is not a string but {type(record[field]).__name__}")
+    return Document(text=_require_characters(record[field]))
+
+
+def _decode(data: bytes) -> str:
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise BadRecordError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
 
 
 def _messages(value: Any) -> tuple[dict[str, str], ...]:
@@ -77,12 +92,14 @@ def _messages(value: Any) -> tuple[dict[str, str], ...]:
         for field in ("role", "content"):
             if not isinstance(message.get(field), str):
                 raise BadRecordError(f"message {number} has no string '{field}'")
-            _require_unicode(message[field])
+            _require_characters(message[field])
     return tuple(value)
 
 
-def _require_unicode(text: str) -> str:
-    """Return ``text`` if it can be written as UTF-8 (JSON can hold half of a surrogate pair)."""
+def _require_characters(text: str) -> str:
+    """Return ``text`` if it is made of characters: no half surrogate pair (JSON can), no NUL."""
+    if (place := text.find("\0")) >= 0:
+        raise BadRecordError(f"holds a NUL character (character {place + 1} of the text)")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

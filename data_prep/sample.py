@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from data_prep.records import BadRecordError, parse_record
-from data_prep.sources import Line
+from data_prep.readers import Line
+from data_prep.records import BadRecordError, Document
 from forgetscale.data import pack_doc_id
 from forgetscale.data.order import Permutation
 
@@ -20,7 +20,7 @@ def select_documents(
     *,
     max_documents: int,
     seed: int,
-    chat: bool,
+    read: Callable[[int, Line], Document],
     on_reject: Callable[[int, int, str], None],
 ) -> tuple[np.ndarray, int]:
     """Choose ``max_documents`` of the usable lines, each set of that size being equally likely.
@@ -32,7 +32,7 @@ def select_documents(
         lines: ``(file index, line)`` of the whole input.
         max_documents: Documents wanted; all are taken if there are fewer.
         seed: Any integer >= 0.
-        chat: As for ``parse_record``.
+        read: Returns the document of a line of a file, or raises ``BadRecordError``.
         on_reject: Called with file index, line number and reason for each bad line.
 
     Returns:
@@ -44,7 +44,7 @@ def select_documents(
     num_candidates = 0
     for file_index, line in lines:
         try:
-            document = parse_record(line.data, chat=chat)
+            document = read(file_index, line)
         except BadRecordError as error:
             on_reject(file_index, line.number, str(error))
             continue

@@ -1,24 +1,19 @@
-"""Finding input files and reading their lines, with the bytes counted and hashed."""
+"""Finding input files: paths, folders, patterns, the layouts of MADLAD-400, named datasets."""
 
 from __future__ import annotations
 
 import glob
-import gzip
-import hashlib
-import io
 import re
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
+from data_prep.readers import SUFFIXES
 from forgetscale.errors import ConfigError, DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz")
+_FORMATS = ".jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow, .txt, .txt.gz or .txt.zst"
+_LANGUAGE = re.compile(r"[A-Za-z0-9_-]+")
 _SPLIT = re.compile(r"(?:^|_)(clean|noisy)_")
-_GZIP_RATIO = 3.5
-_GZIP_MIN_BYTES = 20
+_RATIOS = {".gz": 3.5, ".zst": 4.0, ".parquet": 2.5}
 
 
 def find_sources(
@@ -31,8 +26,9 @@ def find_sources(
     """Return the input files in the order in which they are read.
 
     Args:
-        inputs: Files, folders or glob patterns, in order. A folder stands for its ``.jsonl`` and
-            ``.jsonl.gz`` files, sorted by name; with ``language`` it is the root of a MADLAD-400
+        inputs: Files, folders or glob patterns, in order. A folder stands for its files of one
+            kind, sorted by name (``.jsonl`` with or without ``.gz`` or ``.zst``, else ``.parquet``,
+            else ``.arrow``, else plain text); with ``language`` it is the root of a MADLAD-400
             copy (it holds ``data/`` or ``data-v1p5/``).
         language: Language tag such as ``am``.
         split: ``clean`` or ``noisy``: keep only these MADLAD-400 shards.
@@ -40,8 +36,11 @@ def find_sources(
 
     Raises:
         DataError: A path is missing, a folder is empty, a pattern matches nothing.
-        ConfigError: The choice is not clear, or a file has another form or comes twice.
+        ConfigError: The choice is not clear, or a file has another form or comes twice (by any
+            name: links are followed).
     """
+    if language is not None and not _LANGUAGE.fullmatch(language):
+        raise ConfigError(f"--language must be a language tag such as am, got {language!r}.")
     if language is not None:
         split = split or "clean"
     elif release is not None:
@@ -64,16 +63,17 @@ def find_sources(
             )
         else:
             found += _matching_files(text)
-    seen: set[Path] = set()
+    seen: dict[Path, Path] = {}
     for path in found:
         if not path.name.endswith(SUFFIXES):
             raise ConfigError(
-                f"input {path} is not read: expected a name ending in .jsonl or .jsonl.gz;"
-                " convert it or name other files."
+                f"input {path} is not read: expected a name ending in {_FORMATS}; convert it or"
+                " name other files."
             )
-        if path.resolve() in seen:
-            raise ConfigError(f"input {path} is given twice; each file is read once.")
-        seen.add(path.resolve())
+        if (other := seen.get(path.resolve())) is not None:
+            link = "" if other == path else f" (it is also {other})"
+            raise ConfigError(f"input {path} is given twice{link}; each file is read once.")
+        seen[path.resolve()] = path
     return found
 
 
@@ -98,12 +98,26 @@ def _language_folder(root: Path, language: str, release: str | None) -> Path:
 
 
 def _folder_files(folder: Path, split: str | None) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+    kinds: dict[str, list[Path]] = {".jsonl": [], ".parquet": [], ".arrow": [], ".txt": []}
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(SUFFIXES) and not path.is_dir():
+            plain = path.name.removesuffix(".gz").removesuffix(".zst")
+            kinds[Path(plain).suffix].append(path)
+    records = [kind for kind in (".jsonl", ".parquet", ".arrow") if kinds[kind]]
+    if len(records) > 1:
+        raise ConfigError(
+            f"input folder {folder} holds {' and '.join(records)} files; choose with a pattern"
+            f" such as {folder / ('*' + records[0])}."
+        )
+    files = kinds[records[0] if records else ".txt"]
     if not files:
         raise DataError(
-            f"input folder {folder} holds no .jsonl or .jsonl.gz file; check the path, or use"
+            f"input folder {folder} holds no file to read ({_FORMATS}); check the path, or use"
             " --language for the root of a MADLAD-400 copy."
         )
+    for path in files:
+        if not path.exists():
+            raise DataError(f"input {path} is a link to nothing; copy or download it again.")
     splits = {path: _SPLIT.search(path.name) for path in files}
     names = {match[1] for match in splits.values() if match}
     if split is None:
@@ -126,110 +140,12 @@ def _matching_files(pattern: str) -> list[Path]:
     found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
     files = [path for path in found if path.is_file()]
     if not files:
+        if path.is_symlink():
+            raise DataError(f"input {pattern} is a link to nothing; copy or download it again.")
         raise DataError(f"input {pattern} does not exist and matches no file; check the path.")
     return files
 
 
 def estimate_text_bytes(paths: Sequence[Path]) -> int:
     """Return about how many bytes the files hold once decompressed."""
-    return sum(
-        int(path.stat().st_size * (_GZIP_RATIO if path.name.endswith(".gz") else 1))
-        for path in paths
-    )
-
-
-class _CountingFile(io.RawIOBase):
-    """Read-only file that counts and hashes the bytes as stored on disk."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._file = path.open("rb", buffering=0)
-        self.sha256 = hashlib.sha256()
-        self.size = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        count = self._file.readinto(buffer) or 0
-        self.sha256.update(memoryview(buffer)[:count])
-        self.size += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A line of a source, without its line break; the first line of a file has number 1."""
-
-    number: int
-    data: bytes
-
-
-class SourceReader:
-    """Read the lines of one input file in order; a context manager.
-
-    Attributes:
-        num_bytes: Bytes read from the disk so far.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._raw = _CountingFile(path)
-        self._buffered = io.BufferedReader(self._raw, 1 << 17)
-        self._is_gzip = path.name.endswith(".gz")
-
-    def __enter__(self) -> SourceReader:
-        """Return the reader."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the file."""
-        self._buffered.close()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes read from the disk so far."""
-        return self._raw.size
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the stored bytes; of the whole file once all lines were read."""
-        return self._raw.sha256.hexdigest()
-
-    def lines(self) -> Iterator[Line]:
-        """Yield every line that is not blank.
-
-        Raises:
-            DataError: The gzip stream is truncated or damaged.
-        """
-        if self._is_gzip and (size := self.path.stat().st_size) < _GZIP_MIN_BYTES:
-            raise DataError(
-                f"{self.path} has {size} bytes, less than an empty gzip file; copy or download it"
-                " again."
-            )
-        stream = gzip.GzipFile(fileobj=self._buffered) if self._is_gzip else self._buffered
-        number = 0
-        try:
-            for data in stream:
-                number += 1
-                if data.strip():
-                    yield Line(number, data)
-        except EOFError as error:
-            raise DataError(
-                f"{self.path} is a truncated gzip file (it ends after line {number}); copy or"
-                " download it again."
-            ) from error
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(
-                f"{self.path} is no intact gzip file after line {number} ({error}); copy or"
-                " download it again."
-            ) from error
+    return sum(int(path.stat().st_size * _RATIOS.get(path.suffix, 1.0)) for path in paths)

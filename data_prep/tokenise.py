@@ -19,8 +19,8 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
-from data_prep.records import BadRecordError, Document, parse_record, undo_escapes
-from data_prep.sources import Line
+from data_prep.readers import Line
+from data_prep.records import BadRecordError, Document, parse_record, parse_text, undo_escapes
 from forgetscale.errors import ConfigError, DataError, ForgetScaleError
 
 _NO_LIMIT = 1 << 60
@@ -36,6 +36,7 @@ class TokenizeOptions:
         end_token: Id appended to each document, or None.
         undo_escapes: Undo MADLAD-400 escapes in ``text``.
         max_document_tokens: Longer documents are cut to this many tokens; None: never.
+        text_field: Field that holds the text.
     """
 
     tokenizer: Path
@@ -43,6 +44,7 @@ class TokenizeOptions:
     end_token: int | None
     undo_escapes: bool
     max_document_tokens: int | None
+    text_field: str = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class Unit:
 
     file_index: int
     lines: list[Line]
+    plain_text: bool = False
+    """Whether lines are text themselves and not JSON objects."""
 
 
 @dataclass(slots=True)
@@ -128,6 +132,19 @@ def plain_backend(tokenizer: Any) -> Any | None:
     return backend
 
 
+def read_document(line: Line, options: TokenizeOptions, *, plain_text: bool) -> Document:
+    """Return the document of a line.
+
+    Raises:
+        BadRecordError: It holds none; the message says why.
+    """
+    if line.reject:
+        raise BadRecordError(line.reject)
+    if plain_text:
+        return parse_text(line.data)
+    return parse_record(line.data, chat=options.chat, field=options.text_field)
+
+
 class UnitTokenizer:
     """Turn units into tokens in this process."""
 
@@ -145,7 +162,7 @@ class UnitTokenizer:
         counts: Counter[str] = Counter()
         for line in unit.lines:
             try:
-                document = parse_record(line.data, chat=self._options.chat)
+                document = read_document(line, self._options, plain_text=unit.plain_text)
                 if document.messages:
                     chats.append((line.number, self._render(document)))
                     continue
@@ -153,7 +170,7 @@ class UnitTokenizer:
                 rejects.append((line.number, str(error)))
                 continue
             text = document.text
-            if self._options.undo_escapes:
+            if self._options.undo_escapes and not unit.plain_text:
                 text, found = undo_escapes(text)
                 escapes += found
             plain.append((line.number, text))

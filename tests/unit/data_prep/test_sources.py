@@ -5,7 +5,8 @@ import hashlib
 
 import pytest
 
-from data_prep.sources import SourceReader, find_sources
+from data_prep.readers import SourceReader
+from data_prep.sources import find_sources
 from forgetscale.errors import ConfigError, DataError
 
 
@@ -60,12 +61,12 @@ def test_language_and_split(tmp_path):
 
 
 def test_wrong_inputs_are_named(tmp_path):
-    touch(tmp_path, "a.txt", "a.jsonl", "empty/x.md")
+    touch(tmp_path, "a.csv", "a.jsonl", "empty/x.md")
     cases = [
         ([tmp_path / "none"], DataError, "none does not exist and matches no file"),
         ([tmp_path / "*.gz"], DataError, "matches no file"),
-        ([tmp_path / "empty"], DataError, "holds no .jsonl or .jsonl.gz file"),
-        ([tmp_path / "a.txt"], ConfigError, "expected a name ending in .jsonl"),
+        ([tmp_path / "empty"], DataError, "holds no file to read"),
+        ([tmp_path / "a.csv"], ConfigError, "expected a name ending in .jsonl"),
         ([tmp_path, tmp_path / "a.jsonl"], ConfigError, "is given twice"),
     ]
     for inputs, kind, sentence in cases:
@@ -84,7 +85,7 @@ def test_lines_numbers_and_hash(tmp_path, name):
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     with SourceReader(path) as reader:
         lines = [(line.number, line.data) for line in reader.lines()]
-        assert lines == [(1, b"one\n"), (4, b"four\n"), (5, b"last")]
+        assert lines == [(1, b"one"), (4, b"four"), (5, b"last")]
         assert reader.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
         assert reader.num_bytes == path.stat().st_size
 
@@ -101,7 +102,7 @@ def test_several_gzip_members(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"1\n") + gzip.compress(b"") + gzip.compress(b"2\n"))
     with SourceReader(path) as reader:
-        assert [line.data for line in reader.lines()] == [b"1\n", b"2\n"]
+        assert [line.data for line in reader.lines()] == [b"1", b"2"]
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from data_prep.readers import Line
 from data_prep.records import undo_escapes
-from data_prep.sources import Line
 from data_prep.tokenise import TokenizeOptions, Unit, UnitTokenizer, load_tokenizer, plain_backend
 
 TEXTS = ["", " ", "In year 3 the river rose.", "</s> a <|user|>", "ሰላም नमस्ते\n\t🙂", "a" * 5000]
