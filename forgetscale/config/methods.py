@@ -16,6 +16,8 @@ ScoreName = Literal[
 SCORES: tuple[str, ...] = get_args(ScoreName)
 DATA_SCORES = ("paper", "official", "fisher", "sgpt_true", "sgpt_official")
 """Scores that are measured on source data."""
+AXIS_SCORES = ("paper", "official", "mag_l1", "mag_l2", "rand")
+"""Scores that are defined for rows and single elements as well as for columns."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,8 +93,10 @@ class SsuMethodConfig:
     """Column score; see ``forgetscale.ops.importance.column_scores``."""
     fisher: FisherConfig | None = None
     """Only for ``score: fisher``; None takes its defaults."""
-    axis: Literal["column"] = "column"
-    """Direction of the freeze: input columns."""
+    axis: Literal["column", "row", "element"] = "column"
+    """What is frozen in a matrix: input columns, output rows, or single weights (as bits)."""
+    scope: Literal["tensor", "global"] = "tensor"
+    """Elements are ranked in each matrix alone, or over all matrices; ``axis: element`` only."""
     layout: Literal["masked"] = "masked"
     """``masked`` keeps whole tensors trainable and zeroes gradients of frozen elements."""
     vectors: Literal["elementwise", "train", "freeze"] = "elementwise"
@@ -112,6 +116,15 @@ class SsuMethodConfig:
         require(
             self.fisher is None or self.score == "fisher",
             f"fisher is for score fisher, but score is {self.score}",
+        )
+        require(
+            self.axis == "column" or self.score in AXIS_SCORES,
+            f"score {self.score} is defined for axis column only, got {self.axis}; choose one of"
+            f" {', '.join(AXIS_SCORES)}",
+        )
+        require(
+            self.scope == "tensor" or self.axis == "element",
+            f"scope global ranks single elements, so axis must be element, got {self.axis}",
         )
         needs_data = self.score in DATA_SCORES
         require(

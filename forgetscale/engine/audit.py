@@ -88,7 +88,7 @@ def audit_export(
         AuditError: A frozen element differs.
     """
     written = SafetensorsFolder(export)
-    names = sorted({*plan.columns, *plan.rows, *plan.whole})
+    names = plan.names
     failure = None
     for name in names[world.rank :: world.size]:
         shape = source.shape(name)

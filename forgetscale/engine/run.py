@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from forgetscale.api import Method
-from forgetscale.artifact import canonical_json, hash_bytes, hash_file
+from forgetscale.artifact import (
+    canonical_json,
+    hash_bytes,
+    hash_file,
+    read_manifest,
+    wait_until_visible,
+)
 from forgetscale.checkpoint import CheckpointStore, RunState, export_model
 from forgetscale.config import Recipe, recipe_dict
 from forgetscale.config.deepspeed import accumulation_steps, engine_config
@@ -52,6 +58,16 @@ from forgetscale.zero3 import DTYPES, World, ZeroEngine, build_engine, construct
 
 PLAN_FOLDER = "plan"
 EXPORT_FOLDER = "export"
+PLAN_FIELDS = (
+    "score",
+    "axis",
+    "scope",
+    "frozen_fraction",
+    "vectors",
+    "shield_token_ids",
+    "shield_rows",
+)
+"""Fields of ``method`` that a plan was made with and that a run must repeat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +186,22 @@ def make_plan(
     return plan
 
 
-def write_plan(directory: Path, plan: FreezePlan, recipe: Recipe, world: World) -> None:
-    """Write the plan artefact on rank 0. Collective: every rank must call it."""
-    world.on_main(lambda: save_plan(directory, plan, recipe_dict(recipe)))
+def write_plan(directory: Path, plan: FreezePlan, recipe: Recipe, world: World) -> FreezePlan:
+    """Write the plan artefact on rank 0; return the plan to go on with on every rank.
+
+    Bits of elements are mapped from the file from then on, not held by every rank.
+    Collective: every rank must call it.
+    """
+
+    def write() -> str:
+        save_plan(directory, plan, recipe_dict(recipe))
+        return str(read_manifest(directory)["self_hash"])
+
+    self_hash = world.on_main(write)
+    if not plan.elements:
+        return plan
+    wait_until_visible(directory, self_hash)
+    return load_plan(directory)
 
 
 def settle_plan(
@@ -190,9 +219,7 @@ def settle_plan(
     found = world.broadcast(kept.is_dir())
     if not found and given is None:
         plan = make_plan(recipe, world, source, method, log)
-        if plan is not None:
-            write_plan(kept, plan, recipe, world)
-        return plan
+        return None if plan is None else write_plan(kept, plan, recipe, world)
     path = kept if given is None or found else Path(given)
     plan = load_plan(path)
     made_for = plan.provenance.get("model_hash")
@@ -203,15 +230,13 @@ def settle_plan(
         )
     _check_plan_recipe(path, plan, recipe)
     plan.check_model(source.shapes)
-    if not found:
-        write_plan(kept, plan, recipe, world)
-    return plan
+    return plan if found else write_plan(kept, plan, recipe, world)
 
 
 def _check_plan_recipe(path: Path, plan: FreezePlan, recipe: Recipe) -> None:
     section = recipe_dict(recipe)["method"]
     expected = {"method": section["kind"]}
-    for name in ("score", "frozen_fraction", "vectors", "shield_token_ids", "shield_rows"):
+    for name in PLAN_FIELDS:
         if name in section:
             expected[name] = section[name]
     if section.get("score") == "rand" or section["kind"] == "hft":

@@ -1,13 +1,32 @@
 """Freeze plans and their effect on flat slices. Pure: no process group, no DeepSpeed."""
 
-from forgetscale.masks.flat import SliceMask, column_power_sums, split_rows
-from forgetscale.masks.plan import FreezePlan, load_plan, save_plan
+from forgetscale.masks.bits import ElementMask, count_bits, pack_slice, unpack_bits
+from forgetscale.masks.flat import (
+    SliceMask,
+    by_column,
+    column_power_sums,
+    row_power_sums,
+    split_rows,
+)
+from forgetscale.masks.plan import FreezePlan, Mask, load_plan, save_plan
+from forgetscale.masks.threshold import Cut, Segment, find_cuts, order_keys
 
 __all__ = [
+    "Cut",
+    "ElementMask",
     "FreezePlan",
+    "Mask",
+    "Segment",
     "SliceMask",
+    "by_column",
     "column_power_sums",
+    "count_bits",
+    "find_cuts",
     "load_plan",
+    "order_keys",
+    "pack_slice",
+    "row_power_sums",
     "save_plan",
     "split_rows",
+    "unpack_bits",
 ]

@@ -5,7 +5,7 @@ So one flag per column and one per row of the slice decide every element, wherev
 falls: nothing is gathered and no mask of the tensor's size exists. A vector ``[n]`` is one row of
 ``n`` columns.
 
-Shape letters: S elements of a slice, I columns.
+Shape letters: S elements of a slice, O rows, I columns.
 """
 
 from __future__ import annotations
@@ -61,16 +61,74 @@ def column_power_sums(
     return sums
 
 
+def by_column(vector: Float[Tensor, " I"], start: int, length: int) -> Float[Tensor, " S"]:
+    """Return each element's column value for one slice.
+
+    Args:
+        vector: One value per column.
+        start: First element of the slice in the flattened matrix.
+        length: Elements in the slice.
+    """
+    width = vector.numel()
+    turned = vector.roll(-(start % width))
+    return turned.repeat(-(-length // width))[:length]
+
+
+def row_power_sums(
+    flat: Float[Tensor, " S"],
+    start: int,
+    width: int,
+    height: int,
+    power: int,
+    column_weights: Float[Tensor, " I"] | None = None,
+) -> Float[Tensor, " O"]:
+    """Return ``sum_j (|w_ij| c_j)^power`` per row over one slice, in fp64 (add over ranks).
+
+    Args:
+        flat: Slice of the flattened matrix, without padding.
+        start: First element of the slice in the flattened matrix.
+        width: Columns of the matrix.
+        height: Rows of the matrix; rows outside the slice get 0.
+        power: 1 or 2.
+        column_weights: One factor ``c_j`` per column; None means 1.
+    """
+    if power not in (1, 2):
+        raise ValueError(f"power must be 1 or 2, got {power}")
+    sums = torch.zeros(height, dtype=torch.float64, device=flat.device)
+    weights = None if column_weights is None else column_weights.to(flat.device, torch.float64)
+    for row, first, piece in _matrix_pieces(flat, start, flat.numel(), width):
+        values = piece.double().abs_()
+        if weights is not None:
+            values *= weights[first : first + piece.shape[1]]
+        sums[row : row + piece.shape[0]] += (values if power == 1 else values.square_()).sum(1)
+    return sums
+
+
+def _matrix_pieces(
+    flat: Tensor, start: int, length: int, width: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Cut a slice into views of whole or partial rows: ``(first row, first column, [o, i])``."""
+    head, body = split_rows(start, length, width)
+    row, first = divmod(start, width)
+    if head:
+        yield row, first, flat[:head].view(1, -1)
+        row += 1
+    if body:
+        yield row, 0, flat[head : head + body].view(-1, width)
+    if length - head - body:
+        yield row + body // width, 0, flat[head + body : length].view(1, -1)
+
+
 @dataclass(frozen=True, slots=True)
 class SliceMask:
-    """A freeze plan's view of one slice of one parameter.
+    """A freeze plan's view of one slice of one parameter, by columns and rows.
 
     Args:
         start: First element of the slice in the flattened parameter.
         length: Elements in the slice, padding excluded.
         width: Columns (``in_features``; ``n`` for a vector).
         columns: Sorted indices of frozen columns, or None.
-        rows: Sorted indices of frozen rows, or None.
+        rows: Sorted indices of frozen rows, or None; those the slice does not touch are left out.
     """
 
     start: int
@@ -114,16 +172,10 @@ class SliceMask:
 
     def _pieces(self, flat: Tensor) -> Iterator[tuple[Tensor, slice, slice]]:
         """Yield ``[rows, columns]`` views with the columns of the matrix and rows of the slice."""
-        head, body = split_rows(self.start, self.length, self.width)
-        row = 0
-        for begin, size in ((0, head), (head, body), (head + body, self.length - head - body)):
-            if size == 0:
-                continue
-            piece = flat[begin : begin + size].view(-1, min(size, self.width))
-            column = (self.start + begin) % self.width
+        top = self.start // self.width
+        for row, column, piece in _matrix_pieces(flat, self.start, self.length, self.width):
             height, width = piece.shape
-            yield piece, slice(column, column + width), slice(row, row + height)
-            row += height
+            yield piece, slice(column, column + width), slice(row - top, row - top + height)
 
     def zero_frozen_(self, grad: Float[Tensor, " S"]) -> None:
         """Zero frozen elements of a gradient slice in place.

@@ -1,4 +1,9 @@
-"""The freeze plan: which elements must never change, by name, without a mask of full size."""
+"""The freeze plan: which elements must never change, by name, without a mask of full size.
+
+Columns and rows are index lists. Single elements are bits: one bit per element of the tensors they
+are planned in, 0.8 GB for the matrices of a 7B model. ``load_plan`` maps those from the file, so
+that ranks of one machine share them and each touches the pages of its own slices alone.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +21,19 @@ from torch import Tensor
 
 from forgetscale.artifact import ArtifactWriter, canonical_json, hash_bytes, verify_artifact
 from forgetscale.errors import ConfigError, DataError
+from forgetscale.masks.bits import ElementMask, count_bits, num_bytes
 from forgetscale.masks.flat import SliceMask
 
 PLAN_FILE = "plan.safetensors"
 PLAN_KIND = "freeze_plan"
 HEADER_KEY = "forgetscale"
+Mask = SliceMask | ElementMask
+"""What a plan says about one slice."""
 
 
 @dataclass(frozen=True, slots=True)
 class FreezePlan:
-    """Input columns, output rows or whole parameters that must not change.
+    """Input columns, output rows, single elements or whole parameters that must not change.
 
     Names are those of the source model's safetensors. A vector's elements are its columns.
 
@@ -34,12 +42,20 @@ class FreezePlan:
         rows: Parameter name -> sorted int64 indices of frozen output rows.
         whole: Names of parameters of which nothing may change.
         provenance: How the plan was made: method, score, fraction, model and data hashes.
+        elements: Parameter name -> uint8 bits of its flattened elements, 1 where frozen (see
+            ``forgetscale.masks.bits``). A parameter has elements or indices, not both.
     """
 
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     whole: frozenset[str] = frozenset()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    elements: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Sorted names of all parameters the plan speaks of."""
+        return sorted({*self.columns, *self.rows, *self.elements, *self.whole})
 
     def content_hash(self) -> str:
         """Return the SHA-256 of what is frozen (not of the provenance)."""
@@ -48,6 +64,11 @@ class FreezePlan:
             "rows": {name: index.tolist() for name, index in self.rows.items()},
             "whole": sorted(self.whole),
         }
+        if self.elements:
+            parts["elements"] = {
+                name: hash_bytes(bits.contiguous().numpy().data)
+                for name, bits in self.elements.items()
+            }
         return hash_bytes(canonical_json(parts))
 
     def check_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -56,7 +77,7 @@ class FreezePlan:
         Raises:
             ConfigError: The plan does not fit; the message names the tensor.
         """
-        for name in sorted({*self.columns, *self.rows, *self.whole}):
+        for name in self.names:
             if name not in shapes:
                 near = difflib.get_close_matches(name, list(shapes), n=1)
                 hint = f"; nearest: {near[0]}" if near else ""
@@ -80,10 +101,29 @@ class FreezePlan:
                         f"freeze plan: {label} indices of {name} are not sorted or repeat;"
                         " make the plan again."
                     )
+        for name, bits in self.elements.items():
+            self._check_elements(name, shapes[name], bits)
 
-    def slice_mask(
-        self, name: str, shape: tuple[int, ...], start: int, length: int
-    ) -> SliceMask | None:
+    def _check_elements(self, name: str, shape: tuple[int, ...], bits: Tensor) -> None:
+        numel = torch.Size(shape).numel()
+        if bits.dtype != torch.uint8 or tuple(bits.shape) != (num_bytes(numel),):
+            raise ConfigError(
+                f"freeze plan: {name} has {numel} elements, {num_bytes(numel)} bytes of bits, but"
+                f" the plan holds {list(bits.shape)} {bits.dtype}; make the plan again for this"
+                " model."
+            )
+        if numel % 8 and int(bits[-1]) >> numel % 8:
+            raise ConfigError(
+                f"freeze plan: {name} has {numel} elements but the plan names an element after the"
+                " last; make the plan again for this model."
+            )
+        if name in self.columns or name in self.rows or name in self.whole:
+            raise ConfigError(
+                f"freeze plan: {name} is planned by elements and by columns, rows or as a whole;"
+                " give one of them."
+            )
+
+    def slice_mask(self, name: str, shape: tuple[int, ...], start: int, length: int) -> Mask | None:
         """Return the mask of a rank's slice of a parameter, or None where nothing is frozen.
 
         Args:
@@ -92,6 +132,8 @@ class FreezePlan:
             start: First element of the slice in the flattened parameter.
             length: Elements in the slice, padding excluded.
         """
+        if name in self.elements:
+            return ElementMask.build(start, length, self.elements[name])
         columns, rows = self.columns.get(name), self.rows.get(name)
         if name in self.whole:
             columns, rows = torch.arange(shape[-1]), None
@@ -102,7 +144,10 @@ class FreezePlan:
     def num_frozen(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Return how many elements of the model are frozen."""
         total = 0
-        for name in {*self.columns, *self.rows, *self.whole}:
+        for name in self.names:
+            if name in self.elements:
+                total += count_bits(self.elements[name])
+                continue
             shape = shapes[name]
             width = shape[-1]
             height = 1 if len(shape) == 1 else shape[0]
@@ -125,6 +170,7 @@ def save_plan(directory: Path, plan: FreezePlan, recipe: Mapping[str, Any] | Non
     """
     tensors = {f"columns/{name}": index.to(torch.int32) for name, index in plan.columns.items()}
     tensors |= {f"rows/{name}": index.to(torch.int32) for name, index in plan.rows.items()}
+    tensors |= {f"elements/{name}": bits.contiguous() for name, bits in plan.elements.items()}
     header = {"whole": sorted(plan.whole), "provenance": dict(plan.provenance)}
     with ArtifactWriter(directory, PLAN_KIND, recipe=recipe, replace=True) as writer:
         safetensors.torch.save_file(
@@ -136,6 +182,8 @@ def save_plan(directory: Path, plan: FreezePlan, recipe: Mapping[str, Any] | Non
 def load_plan(path: Path) -> FreezePlan:
     """Read a plan folder and verify its hash.
 
+    Bits of elements stay in the file, which is mapped; indices are read.
+
     Raises:
         DataError: No plan is there, or it was damaged.
     """
@@ -143,12 +191,17 @@ def load_plan(path: Path) -> FreezePlan:
     manifest = verify_artifact(directory, PLAN_KIND)
     columns: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
+    elements: dict[str, Tensor] = {}
     with safetensors.safe_open(directory / PLAN_FILE, "pt") as file:
         header = json.loads((file.metadata() or {})[HEADER_KEY])
         for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
             axis, _, name = key.partition("/")
-            {"columns": columns, "rows": rows}[axis][name] = file.get_tensor(key).to(torch.int64)
-    plan = FreezePlan(columns, rows, frozenset(header["whole"]), header["provenance"])
+            if axis == "elements":
+                elements[name] = file.get_tensor(key)
+            else:
+                index = file.get_tensor(key).to(torch.int64)
+                {"columns": columns, "rows": rows}[axis][name] = index
+    plan = FreezePlan(columns, rows, frozenset(header["whole"]), header["provenance"], elements)
     if plan.content_hash() != manifest["payload"]["content_hash"]:
         raise DataError(
             f"{directory}: the plan's content differs from its manifest; make it again."

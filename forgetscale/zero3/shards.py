@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from forgetscale.api import ParamShard
-from forgetscale.masks import FreezePlan, SliceMask
+from forgetscale.masks import FreezePlan, Mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class ZeroShards:
         self._edited_grads: dict[str, Tensor] = {}
         if self._optimizer is not None:
             self._map_optimizer()
-        self.masks: dict[str, SliceMask] = {}
+        self.masks: dict[str, Mask] = {}
         for item in slices:
             if plan is None:
                 break
@@ -305,6 +305,8 @@ class ZeroShards:
         Collective: every rank must call it, outside forward and backward.
         """
         optimizer = self._optimizer
+        # Copies that a walk over the slices made after the step must not serve in the next one.
+        self._edited_grads.clear()
         for index, flat in enumerate(optimizer.fp16_partitioned_groups_flat):
             flat.data.copy_(optimizer.fp32_partitioned_groups_flat[index].data)
             optimizer._unflatten_partitioned_parameters(index)

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -77,6 +78,9 @@ class Run:
             axis, _, name = key.partition("/")
             if axis == "columns":
                 found[name][..., index.long()] = True
+            elif axis == "elements":
+                bits = np.unpackbits(index.numpy(), bitorder="little")[: found[name].numel()]
+                found[name] = torch.from_numpy(bits.astype(bool)).view(found[name].shape)
             else:
                 found[name][index.long()] = True
         for name in self.whole:

@@ -21,6 +21,20 @@ SETTINGS = [
     (2, "bfloat16", True),
     (3, "bfloat16", False),
 ]
+# Plans of other axes: one setting of each kind.
+FEWER = [SETTINGS[2], SETTINGS[3], SETTINGS[6]]
+METHODS = {
+    "ssu": SSU,
+    "hft": {"kind": "hft"},
+    "row": {**SSU, "axis": "row"},
+    "element": {**SSU, "axis": "element"},
+    "element-global": {"kind": "ssu", "axis": "element", "scope": "global", "score": "rand"},
+}
+CASES = [
+    (method, *setting)
+    for method in METHODS
+    for setting in (SETTINGS if method in ("ssu", "hft") else FEWER)
+]
 
 
 def run_of(runs: Runs, method: dict | str, size: int, dtype: str, offload: bool) -> Run:
@@ -36,10 +50,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
-@pytest.mark.parametrize(("size", "dtype", "offload"), SETTINGS)
-@pytest.mark.parametrize("method", ["ssu", "hft"])
+@pytest.mark.parametrize(("method", "size", "dtype", "offload"), CASES)
 def test_frozen_bits_are_the_sources(runs: Runs, method, size, dtype, offload):
-    run = run_of(runs, method, size, dtype, offload)
+    run = run_of(runs, METHODS[method], size, dtype, offload)
     assert run.recipe["optim"]["weight_decay"] > 0
     count = 0
     for name, frozen in run.frozen.items():
@@ -51,10 +64,9 @@ def test_frozen_bits_are_the_sources(runs: Runs, method, size, dtype, offload):
     assert count > 0.3 * sum(w.numel() for w in run.source.values())
 
 
-@pytest.mark.parametrize(("size", "dtype", "offload"), SETTINGS)
-@pytest.mark.parametrize("method", ["ssu", "hft"])
+@pytest.mark.parametrize(("method", "size", "dtype", "offload"), CASES)
 def test_everything_else_moves(runs: Runs, method, size, dtype, offload):
-    run = run_of(runs, method, size, dtype, offload)
+    run = run_of(runs, METHODS[method], size, dtype, offload)
     for name, frozen in run.frozen.items():
         if bool(frozen.all()):
             continue

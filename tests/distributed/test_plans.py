@@ -11,6 +11,13 @@ from tests.distributed.harness import RankServer
 from tests.distributed.runs import SSU, Runs
 from tests.parity import reference
 
+AXES = {
+    "row": {"axis": "row"},
+    "row-official": {"axis": "row", "score": "official"},
+    "element": {"axis": "element"},
+    "element-global": {"axis": "element", "scope": "global", "score": "official"},
+    "element-rand": {"axis": "element", "score": "rand"},
+}
 NUM_ROWS, NUM_BLOCKS = 19, 7
 COUNTS = (1, 9)
 
@@ -19,6 +26,7 @@ COUNTS = (1, 9)
 def plans(ranks: RankServer, runs: Runs) -> dict[int, list[dict]]:
     """Plans of every score, by number of ranks, as each rank made them."""
     recipes = {score: runs.recipe("plans", {**SSU, "score": score}) for score in SCORES}
+    recipes |= {name: runs.recipe("plans", {**SSU, **axis}) for name, axis in AXES.items()}
     recipes["hft"] = runs.recipe("plans", {"kind": "hft"})
     for count in COUNTS:
         shield = {"rule": "unused_in_target", "min_count": count}
@@ -48,7 +56,7 @@ def exact(runs: Runs) -> dict[str, torch.Tensor]:
     return sums
 
 
-@pytest.mark.parametrize("score", [*SCORES, "hft"])
+@pytest.mark.parametrize("score", [*SCORES, *AXES, "hft"])
 def test_plans_are_equal_for_any_number_of_ranks(plans, score: str):
     first = plans[1][0][score]
     assert first["columns"] or first["whole"]

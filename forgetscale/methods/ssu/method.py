@@ -14,9 +14,14 @@ from forgetscale.api import Calibration, Unprotected
 from forgetscale.config import FisherConfig, SsuMethodConfig
 from forgetscale.errors import ConfigError
 from forgetscale.masks import FreezePlan
-from forgetscale.methods.ssu.scores import column_scores_of
+from forgetscale.methods.ssu.elements import frozen_elements
+from forgetscale.methods.ssu.rows import frozen_rows
+from forgetscale.methods.ssu.scores import Statistics, column_scores_of, input_statistics
 from forgetscale.methods.ssu.targets import Target, embedding_names, find_targets
 from forgetscale.ops.importance import num_frozen, select_frozen
+
+STATISTIC = {"paper": "l2_norm", "official": "mean_square"}
+"""Statistic of the inputs that a score of rows or elements multiplies by."""
 
 
 def random_frozen(name: str, width: int, frozen_fraction: float, seed: int) -> Tensor:
@@ -28,7 +33,7 @@ def random_frozen(name: str, width: int, frozen_fraction: float, seed: int) -> T
 
 
 class Ssu(Unprotected):
-    """Freeze the columns the source model relies on.
+    """Freeze the columns, rows or elements the source model relies on.
 
     Args:
         config: Recipe section.
@@ -38,28 +43,41 @@ class Ssu(Unprotected):
         self._config = config
 
     def prepare(self, calibration: Calibration) -> FreezePlan:
-        """Score all columns and return the plan. Collective: every rank must call it."""
+        """Score along the axis and return the plan. Collective: every rank must call it."""
         config = self._config
         found = find_targets(calibration.structure)
         scored = [t for t in found if not t.is_vector or config.vectors == "elementwise"]
+        in_columns = [t for t in scored if t.is_vector or config.axis == "column"]
+        measured = self._measure(calibration, scored)
         columns: Mapping[str, Tensor]
         if config.score == "rand":
             columns = {
                 t.name: random_frozen(t.name, t.width, config.frozen_fraction, calibration.seed)
-                for t in scored
+                for t in in_columns
             }
         else:
-            columns = self._scored_columns(calibration, scored)
-        whole = [t.name for t in found if t.is_vector and config.vectors == "freeze"]
+            columns = self._scored_columns(calibration, in_columns, measured)
         rows = self._shielded_rows(calibration)
+        elements: dict[str, Tensor] = {}
+        matrices = [t for t in scored if not t.is_vector]
+        inputs = measured.get(STATISTIC.get(config.score, ""), {})
+        rule, fraction = config.score, config.frozen_fraction
+        if config.axis == "row":
+            rows |= frozen_rows(calibration, matrices, inputs, rule, fraction)
+        elif config.axis == "element":
+            elements = frozen_elements(calibration, matrices, inputs, rule, fraction, config.scope)
+        whole = [t.name for t in found if t.is_vector and config.vectors == "freeze"]
         shield = config.shield_rows
         return FreezePlan(
             columns=columns,
             rows=rows,
             whole=frozenset(whole),
+            elements=elements,
             provenance={
                 "method": "ssu",
                 "score": config.score,
+                "axis": config.axis,
+                "scope": config.scope,
                 "frozen_fraction": config.frozen_fraction,
                 "vectors": config.vectors,
                 "shield_token_ids": list(config.shield_token_ids),
@@ -75,11 +93,24 @@ class Ssu(Unprotected):
             return {}
         return {"fisher": asdict(self._config.fisher or FisherConfig())}
 
-    def _scored_columns(
-        self, calibration: Calibration, targets: list[Target]
-    ) -> Mapping[str, Tensor]:
+    def _measure(self, calibration: Calibration, targets: list[Target]) -> Statistics:
+        """Measure inputs once for rows or elements and the vectors beside them."""
         config = self._config
-        scores = column_scores_of(calibration, targets, [config.score], config)[config.score]
+        if config.axis == "row" and config.score == "official":
+            # The published row score looks at weights alone; vectors keep theirs.
+            targets = [target for target in targets if target.is_vector]
+        if config.axis == "column" or config.score not in STATISTIC or not targets:
+            return {}
+        return input_statistics(calibration, targets, config)
+
+    def _scored_columns(
+        self, calibration: Calibration, targets: list[Target], measured: Statistics
+    ) -> Mapping[str, Tensor]:
+        if not targets:
+            return {}
+        config = self._config
+        found = column_scores_of(calibration, targets, [config.score], config, measured)
+        scores = found[config.score]
         return {
             name: select_frozen(value, config.frozen_fraction).cpu()
             for name, value in scores.items()

@@ -214,6 +214,7 @@ def column_scores_of(
     targets: list[Target],
     scores: Sequence[str],
     config: SsuMethodConfig,
+    measured: Statistics | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Score the columns of all targets by several rules, with as few passes as they need.
 
@@ -222,6 +223,7 @@ def column_scores_of(
         targets: Parameters to score.
         scores: Names of rules; those of activations share one pass.
         config: Recipe section; its own ``score`` is not looked at.
+        measured: Statistics that are known already.
 
     Returns:
         Name of the rule -> parameter name -> scores in fp32.
@@ -233,7 +235,7 @@ def column_scores_of(
     """
     rules = [(MATRIX_RULES, score) for score in scores] + [(VECTOR_RULES, s) for s in scores]
     wanted = {find_rule(table, score) for table, score in rules}
-    found: Statistics = {}
+    found: Statistics = dict(measured or {})
     for name, measure in STATISTICS.items():
         if name not in found and any(rule.statistic == name for rule in wanted):
             found |= measure(calibration, targets, config)

@@ -24,7 +24,11 @@ def make(recipes: dict[str, dict]) -> dict[str, Any]:
         parsed = validate_recipe(recipe)
         source = open_source(parsed, here)
         plan = make_plan(parsed, here, source, METHODS[parsed.method.kind](parsed.method), log)
+        if plan is None:
+            found[name] = {"hash": None}
+            continue
         found[name] = {
+            "elements": {k: v.tolist() for k, v in plan.elements.items()},
             "columns": {k: v.tolist() for k, v in plan.columns.items()},
             "rows": {k: v.tolist() for k, v in plan.rows.items()},
             "whole": sorted(plan.whole),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forgetscale.errors import ConfigError, DataError
-from forgetscale.masks import FreezePlan, load_plan, save_plan
+from forgetscale.masks import FreezePlan, load_plan, pack_slice, save_plan
 
 SHAPES = {"a.weight": (4, 6), "b.weight": (3, 5), "norm.weight": (5,), "embed.weight": (9, 2)}
 
@@ -51,6 +53,73 @@ def test_whole_parameters_freeze_every_element():
 
 def test_a_parameter_outside_the_plan_has_no_mask():
     assert plan_of().slice_mask("other", (3, 5), 0, 15) is None
+
+
+def element_plan(**changes):
+    bits = pack_slice(torch.arange(15) % 4 == 1, 0, 15)
+    return plan_of(**({"whole": frozenset(), "elements": {"b.weight": bits}} | changes))
+
+
+class TestElements:
+    def test_round_trip_maps_the_bits(self, tmp_path):
+        plan = element_plan()
+        plan.check_model(SHAPES)
+        save_plan(tmp_path / "plan", plan)
+        found = load_plan(tmp_path / "plan")
+        assert torch.equal(found.elements["b.weight"], plan.elements["b.weight"])
+        assert found.content_hash() == plan.content_hash() != plan_of().content_hash()
+        assert found.num_frozen(SHAPES) == plan_of(whole=frozenset()).num_frozen(SHAPES) + 4
+        with safetensors.safe_open(tmp_path / "plan" / "plan.safetensors", "pt") as file:
+            stored = file.get_tensor("elements/b.weight")
+        assert stored.dtype == torch.uint8 and stored.tolist() == [0b00100010, 0b00100010]
+        assert "b.weight" in found.names
+
+    def test_large_bits_take_no_memory_until_they_are_read(self, tmp_path):
+        numel = 400_000_000
+        bits = torch.zeros(numel // 8, dtype=torch.uint8)
+        save_plan(tmp_path / "plan", FreezePlan(elements={"w": bits}))
+        del bits
+        before = private_bytes()
+        plan = load_plan(tmp_path / "plan")
+        mask = plan.slice_mask("w", (20_000, 20_000), 0, numel // 10_000)
+        assert mask is not None and mask.num_frozen() == 0
+        assert private_bytes() - before < numel // 8 // 4
+
+    def test_the_hash_is_of_the_bits(self):
+        other = element_plan(elements={"b.weight": torch.tensor([1, 0], dtype=torch.uint8)})
+        assert other.content_hash() != element_plan().content_hash()
+
+    @pytest.mark.parametrize(
+        ("changes", "sentence"),
+        [
+            (
+                {"elements": {"b.weight": torch.zeros(3, dtype=torch.uint8)}},
+                r"b.weight has 15 elements, 2 bytes of bits, but the plan holds \[3\]",
+            ),
+            (
+                {"elements": {"b.weight": torch.zeros(2, dtype=torch.int32)}},
+                r"the plan holds \[2\] torch.int32",
+            ),
+            (
+                {"elements": {"b.weight": torch.tensor([0, 128], dtype=torch.uint8)}},
+                "b.weight has 15 elements but the plan names an element after the last",
+            ),
+            (
+                {"elements": {"c.weight": torch.zeros(2, dtype=torch.uint8)}},
+                "no parameter 'c.weight'",
+            ),
+            ({"whole": frozenset({"b.weight"})}, "planned by elements and by columns, rows"),
+        ],
+    )
+    def test_bits_that_do_not_fit(self, changes, sentence):
+        with pytest.raises(ConfigError, match=sentence):
+            element_plan(**changes).check_model(SHAPES)
+
+
+def private_bytes() -> int:
+    """Memory of this process that no file backs."""
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", text).group(1))
 
 
 class TestCheckModel:

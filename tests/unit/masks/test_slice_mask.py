@@ -7,7 +7,14 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from forgetscale.masks import FreezePlan, SliceMask, column_power_sums, split_rows
+from forgetscale.masks import (
+    FreezePlan,
+    SliceMask,
+    by_column,
+    column_power_sums,
+    row_power_sums,
+    split_rows,
+)
 
 CPU = torch.device("cpu")
 
@@ -97,6 +104,37 @@ def test_column_sums_add_up_over_slices(case, power: int):
     assert torch.allclose(total, expected, rtol=1e-12)
 
 
+@given(cuts(), st.sampled_from([1, 2]), st.booleans())
+def test_row_sums_add_up_over_slices(case, power: int, weighted: bool):
+    shape, world, _, _ = case
+    numel, width = torch.Size(shape).numel(), shape[-1]
+    weight, factors = torch.randn(numel), torch.rand(width, dtype=torch.float64)
+    total = sum(
+        row_power_sums(
+            weight[start : start + length],
+            start,
+            width,
+            numel // width,
+            power,
+            factors if weighted else None,
+        )
+        for start, length in slices(numel, world)
+    )
+    matrix = weight.double().view(-1, width).abs()
+    expected = ((matrix * factors) if weighted else matrix).pow(power).sum(1)
+    assert total.dtype == torch.float64
+    assert torch.allclose(total, expected, rtol=1e-12)
+
+
+@given(cuts())
+def test_each_element_gets_the_value_of_its_column(case):
+    shape, world, _, _ = case
+    numel = torch.Size(shape).numel()
+    vector = torch.randn(shape[-1])
+    parts = [by_column(vector, start, length) for start, length in slices(numel, world)]
+    assert torch.equal(torch.cat(parts), vector.repeat(numel // shape[-1]))
+
+
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 11))
 def test_split_rows(start: int, length: int, width: int):
     head, body = split_rows(start, length, width)
@@ -108,6 +146,8 @@ def test_split_rows(start: int, length: int, width: int):
 def test_power_is_checked():
     with pytest.raises(ValueError, match="power must be 1 or 2, got 3"):
         column_power_sums(torch.ones(4), 0, 2, 3)
+    with pytest.raises(ValueError, match="power must be 1 or 2, got 0"):
+        row_power_sums(torch.ones(4), 0, 2, 2, 0)
 
 
 class TestNotFinite:
