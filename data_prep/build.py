@@ -19,19 +19,21 @@ from data_prep.tokenise import (
     Unit,
     end_token_id,
     load_tokenizer,
+    padding_token_id,
     read_document,
     tokenize_units,
 )
 from forgetscale.artifact import ArtifactWriter
 from forgetscale.data import (
+    BestFitPacker,
     ConcatPacker,
+    Packer,
     ShardWriter,
     pack_doc_id,
     token_set_payload,
     tokenizer_hash,
 )
 from forgetscale.data.format import KIND, LINE_BITS, REJECTS_NAME, rows_per_batch
-from forgetscale.data.packing import CONCAT_VERSION
 from forgetscale.errors import ConfigError
 from forgetscale.progress import Progress
 
@@ -54,6 +56,7 @@ class BuildOptions:
     max_documents: int | None = None
     seed: int = 0
     chat: bool = False
+    packing: str = "concat"
     document_end: str = "eos"
     escapes: str = "undo"
     max_document_tokens: int | None = None
@@ -109,14 +112,16 @@ def build(options: BuildOptions) -> dict[str, Any]:
         options.inputs, language=options.language, split=options.split, release=options.release
     )
     tokenizer_sha256 = tokenizer_hash(options.tokenizer)
-    work, vocab_size = _check_tokenizer(options)
+    work, vocab_size, pad_token = _check_tokenizer(options)
     with ArtifactWriter(options.output, KIND, recipe=_recipe(options)) as artifact:
         with Ledger(paths, artifact.path / REJECTS_NAME, options.block_size) as ledger:
             selected, sampling = _sample(paths, options, work, ledger)
             writer = ShardWriter(
                 artifact.path, block_size=options.block_size, vocab_size=vocab_size
             )
-            dropped = _write_rows(paths, options, work, selected, ledger, writer)
+            packer = _make_packer(options, pad_token, writer)
+            _write_rows(paths, options, work, selected, ledger, writer, packer)
+            dropped = packer.dropped_tail_tokens
             ledger.check(options.max_reject_fraction, writer.num_rows, dropped)
         num_text_bytes, num_dropped = ledger.kept_text(dropped)
         artifact.payload = token_set_payload(
@@ -127,15 +132,17 @@ def build(options: BuildOptions) -> dict[str, Any]:
             num_text_bytes=num_text_bytes,
             tokenizer_sha256=tokenizer_sha256,
             shards=writer.close(),
+            num_padding_tokens=packer.num_padding_tokens,
         ) | {
             "tokenizer_path": str(options.tokenizer.resolve()),
             "document_end": {"policy": options.document_end, "token_id": work.end_token},
             "packing": {
-                "method": "concat",
-                "version": CONCAT_VERSION,
+                "method": packer.METHOD,
+                "version": packer.VERSION,
                 "dropped_tail_tokens": dropped,
                 "dropped_tail_documents": num_dropped,
             },
+            "row_shares": _row_shares(packer, writer.num_rows, ledger.num_documents),
             "chat": options.chat,
             "text": {"escapes": options.escapes, "special_tokens": "as_text"},
             "documents": _document_counts(ledger),
@@ -149,8 +156,8 @@ def build(options: BuildOptions) -> dict[str, Any]:
     return artifact.payload
 
 
-def _check_tokenizer(options: BuildOptions) -> tuple[TokenizeOptions, int]:
-    """Return what workers must know and the vocabulary size; refuse what cannot work."""
+def _check_tokenizer(options: BuildOptions) -> tuple[TokenizeOptions, int, int]:
+    """Return what workers must know, vocabulary size and pad id; refuse what cannot work."""
     tokenizer = load_tokenizer(options.tokenizer)
     if options.chat and not tokenizer.chat_template:
         raise ConfigError(
@@ -165,13 +172,32 @@ def _check_tokenizer(options: BuildOptions) -> tuple[TokenizeOptions, int]:
         max_document_tokens=options.max_document_tokens,
         text_field=options.text_field,
     )
-    return work, max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    return work, vocab_size, padding_token_id(tokenizer)
 
 
 def _recipe(options: BuildOptions) -> dict[str, Any]:
     fields = asdict(options)
     return {
         name: str(value) if isinstance(value, Path) else value for name, value in fields.items()
+    }
+
+
+def _make_packer(options: BuildOptions, pad_token: int, writer: ShardWriter) -> Packer:
+    batch = rows_per_batch(options.block_size)
+    if options.packing == "best-fit":
+        return BestFitPacker(options.block_size, batch, writer.dtype, pad_id=pad_token)
+    return ConcatPacker(options.block_size, batch, writer.dtype)
+
+
+def _row_shares(packer: Packer, num_rows: int, num_documents: int) -> dict[str, Any]:
+    """Return what packing made of the documents: measured, not promised."""
+    return {
+        "num_pieces": packer.num_pieces,
+        "num_padding_tokens": packer.num_padding_tokens,
+        "padding_share": packer.num_padding_tokens / (num_rows * packer.block_size),
+        "num_cut_documents": packer.num_cut_documents,
+        "cut_share": packer.num_cut_documents / num_documents,
     }
 
 
@@ -215,9 +241,9 @@ def _write_rows(
     selected: np.ndarray | None,
     ledger: Ledger,
     writer: ShardWriter,
-) -> int:
-    """Tokenise, pack and write all documents; return the number of tokens left over."""
-    packer = ConcatPacker(options.block_size, rows_per_batch(options.block_size), writer.dtype)
+    packer: Packer,
+) -> None:
+    """Tokenise, pack and write all documents."""
     with _progress(paths, "build", options) as progress:
         units = _units(_read_lines(paths, options.read, ledger, progress), paths, selected)
         for result in tokenize_units(units, work, num_processes=_num_processes(paths, options)):
@@ -225,9 +251,8 @@ def _write_rows(
             doc_ids = result.doc_lines.astype(np.uint64) | np.uint64(result.file_index << LINE_BITS)
             for rows in packer.add(result.tokens, result.doc_lens, doc_ids):
                 writer.append(rows)
-        if (rest := packer.finish()) is not None:
-            writer.append(rest)
-    return packer.dropped_tail_tokens
+        for rows in packer.finish():
+            writer.append(rows)
 
 
 def _progress(paths: Sequence[Path], label: str, options: BuildOptions) -> Progress:

@@ -109,6 +109,13 @@ def _add_build_details(add: Callable[..., Any]) -> None:
         " generation prompt; rows with only 'text' stay plain documents",
     )
     add(
+        "--packing",
+        choices=("concat", "best-fit"),
+        default="concat",
+        help="concat: one text cut every N tokens, as in the SSU paper; best-fit: only documents"
+        " longer than N are cut, a little padding remains (default concat)",
+    )
+    add(
         "--document-end",
         choices=("eos", "none"),
         default="eos",
@@ -219,7 +226,9 @@ def _run_build(args: argparse.Namespace) -> int:
     print(
         f"{args.output}: {payload['num_rows']:,} rows of {payload['block_size']} tokens from"
         f" {payload['num_documents']:,} documents, {payload['num_text_bytes']:,} bytes of text;"
-        f" {payload['packing']['dropped_tail_tokens']} tokens left over at the end."
+        f" {payload['packing']['dropped_tail_tokens']} tokens left over at the end;"
+        f" {payload['row_shares']['cut_share']:.1%} of documents cut,"
+        f" {payload['row_shares']['padding_share']:.2%} padding."
     )
     if rejects:
         print(

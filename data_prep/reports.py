@@ -66,6 +66,8 @@ def collect_stats(directory: Path) -> dict[str, Any]:
         "text_bytes_per_token": token_set.num_text_bytes / token_set.num_tokens,
         "pieces_per_row": len(lengths) / token_set.num_rows,
         "piece_tokens": dict(zip(("min", "median", "p90", "max"), quantiles, strict=True)),
+        "packing": payload["packing"]["method"],
+        "row_shares": payload.get("row_shares", {}),
         "token_type": payload["dtype"],
         "vocab_size": token_set.vocab_size,
         "shards": len(payload["shards"]),

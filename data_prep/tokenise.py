@@ -114,6 +114,14 @@ def end_token_id(tokenizer: Any, policy: str, directory: Path) -> int | None:
     return int(tokenizer.eos_token_id)
 
 
+def padding_token_id(tokenizer: Any) -> int:
+    """Return the id for padding: the pad token, else the end-of-sequence token, else 0."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
 def plain_backend(tokenizer: Any) -> Any | None:
     """Return the Rust tokenizer if calling it directly gives what the Python class gives.
 

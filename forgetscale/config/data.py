@@ -29,6 +29,10 @@ class TokenDataConfig:
     """Token set folder."""
     shuffle_seed: int = 42
     """Seed of the row order, >= 0."""
+    document_mask: bool = False
+    """Documents of a row do not see each other: attention stops at their borders, positions
+    restart, and the first token of a document is no target. False: the paper's way, a row is one
+    text."""
     skip_rows: Path | None = None
     """JSON lines ``{"row": 17, "reason": "..."}``: rows that are never trained on. The run copies
     them to its own ``skip_list.jsonl``, where they stay whatever becomes of this file."""
@@ -84,6 +88,8 @@ class MixtureDataConfig:
     """What the weights are shares of; ``tokens`` divides each by the set's mean tokens a row."""
     shuffle_seed: int = 42
     """Seed of the row orders, >= 0."""
+    document_mask: bool = False
+    """As for one set: documents of a row do not see each other."""
     skip_rows: Path | None = None
     """As for one set; here each line also names its set by content hash: ``"set": "3f9a..."``."""
 

@@ -1,7 +1,8 @@
 """Token sets: format, writing, verified random reading and the resumable stream."""
 
+from forgetscale.data.best_fit import BestFitPacker, best_fit_rows
 from forgetscale.data.format import content_hash, pack_doc_id, unpack_doc_id
-from forgetscale.data.packing import ConcatPacker, cut_rows
+from forgetscale.data.packing import ConcatPacker, Packer, cut_rows
 from forgetscale.data.skip_list import (
     SKIP_LIST_FILE,
     SkipList,
@@ -23,9 +24,11 @@ from forgetscale.data.writer import ShardWriter, token_set_payload, write_token_
 
 __all__ = [
     "SKIP_LIST_FILE",
+    "BestFitPacker",
     "ConcatPacker",
     "DataPart",
     "DocumentPiece",
+    "Packer",
     "ShardWriter",
     "SkipList",
     "SkippedRow",
@@ -34,6 +37,7 @@ __all__ = [
     "TokenStream",
     "TrainingData",
     "append_skips",
+    "best_fit_rows",
     "calibration_rows",
     "content_hash",
     "cut_rows",

@@ -4,7 +4,8 @@ A token set is an artefact folder of kind ``token_set``. Its shards are Arrow IP
 uncompressed, one row = one packed block:
 
 - ``input_ids``: ``fixed_size_list<uint16 or uint32>[L]``;
-- ``doc_lens``: ``list<uint32>``, tokens of each document piece in the row; they sum to L;
+- ``doc_lens``: ``list<uint32>``, tokens of each document piece in the row, at least one; what the
+  row has beyond their sum is padding, which only best-fit packing leaves;
 - ``doc_id``: ``list<uint64>``, where each piece comes from: source file index in the upper 24 bits
   (position in ``payload["sources"]``), line number (first line = 1) in the lower 40 bits.
 

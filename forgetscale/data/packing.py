@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Integer, UInt64
+from jaxtyping import Int64, Integer, UInt64
 
 from forgetscale.data.format import PackedRows
 
@@ -42,23 +44,56 @@ def cut_rows(
     )
 
 
-class ConcatPacker:
-    """Concatenate documents in order and cut every ``block_size`` tokens.
+def slice_rows(rows: PackedRows, start: int, end: int) -> PackedRows:
+    """Return rows ``start`` to ``end - 1`` with their pieces."""
+    first, last = int(rows.piece_offsets[start]), int(rows.piece_offsets[end])
+    return PackedRows(
+        input_ids=rows.input_ids[start:end],
+        doc_lens=rows.doc_lens[first:last],
+        doc_id=rows.doc_id[first:last],
+        piece_offsets=rows.piece_offsets[start : end + 1] - np.int32(first),
+    )
+
+
+def join_rows(parts: Sequence[PackedRows]) -> PackedRows:
+    """Return the rows of all parts, one after another."""
+    counts = [np.diff(part.piece_offsets) for part in parts]
+    return PackedRows(
+        input_ids=np.concatenate([part.input_ids for part in parts]),
+        doc_lens=np.concatenate([part.doc_lens for part in parts]),
+        doc_id=np.concatenate([part.doc_id for part in parts]),
+        piece_offsets=np.cumsum(np.concatenate([[0], *counts])).astype(np.int32),
+    )
+
+
+class Packer(ABC):
+    """Documents in, groups of rows out; what all ways of packing share.
 
     The result depends on the documents and their order alone, not on how they arrive: rows come
-    out in groups of exactly ``rows_per_batch``, the rest at ``finish``. A tail shorter than one row
-    is dropped and counted in ``dropped_tail_tokens``.
+    out in groups of exactly ``rows_per_batch``, the rest at ``finish``.
 
     Args:
         block_size: Tokens a row, >= 1.
         rows_per_batch: Rows a group, >= 1.
         dtype: Type of the ids, uint16 or uint32.
+
+    Attributes:
+        dropped_tail_tokens: Tokens at the end of the input that stand in no row.
+        num_cut_documents: Documents that stand in more than one row.
+        num_pieces: Document pieces in all rows.
+        num_padding_tokens: Padding in all rows.
     """
+
+    METHOD: ClassVar[str]
+    VERSION: ClassVar[int]
 
     def __init__(self, block_size: int, rows_per_batch: int, dtype: np.dtype[Any]) -> None:
         self.block_size = block_size
         self.rows_per_batch = rows_per_batch
         self.dropped_tail_tokens = 0
+        self.num_cut_documents = 0
+        self.num_pieces = 0
+        self.num_padding_tokens = 0
         self._dtype = dtype
         self._tokens: list[np.ndarray] = []
         self._doc_lens: list[np.ndarray] = []
@@ -81,33 +116,87 @@ class ConcatPacker:
                 f"document lengths must be >= 1 and sum to {len(tokens)} tokens, got a sum of"
                 f" {int(doc_lens.sum())} and a least length of {int(doc_lens.min())}"
             )
-        self._tokens.append(tokens.astype(self._dtype, copy=False))
-        self._doc_lens.append(doc_lens.astype(np.int64, copy=False))
+        ids = tokens.astype(self._dtype, copy=False)
+        return self._take_documents(ids, doc_lens.astype(np.int64, copy=False), doc_ids)
+
+    @abstractmethod
+    def finish(self) -> list[PackedRows]:
+        """Return the rows that are left, in groups; the last group may be smaller."""
+
+    @abstractmethod
+    def _take_documents(
+        self,
+        tokens: Integer[np.ndarray, " tokens"],
+        doc_lens: Int64[np.ndarray, " documents"],
+        doc_ids: UInt64[np.ndarray, " documents"],
+    ) -> list[PackedRows]: ...
+
+    def _keep(self, tokens: np.ndarray, doc_lens: np.ndarray, doc_ids: np.ndarray) -> None:
+        self._tokens.append(tokens)
+        self._doc_lens.append(doc_lens)
         self._doc_ids.append(doc_ids)
         self._num_tokens += len(tokens)
+
+    def _release(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return all documents that are held as (tokens, lengths, ids) and hold none."""
+        parts = self._tokens, self._doc_lens, self._doc_ids
+        self._tokens, self._doc_lens, self._doc_ids, self._num_tokens = [], [], [], 0
+        return tuple(np.concatenate(part) for part in parts)  # type: ignore[return-value]
+
+
+class ConcatPacker(Packer):
+    """Concatenate documents in order and cut every ``block_size`` tokens.
+
+    A tail shorter than one row is dropped and counted in ``dropped_tail_tokens``. There is no
+    padding. Arguments and attributes are those of ``Packer``.
+    """
+
+    METHOD, VERSION = "concat", CONCAT_VERSION
+
+    def __init__(self, block_size: int, rows_per_batch: int, dtype: np.dtype[Any]) -> None:
+        super().__init__(block_size, rows_per_batch, dtype)
+        self._first_is_rest = False
+
+    def _take_documents(
+        self,
+        tokens: Integer[np.ndarray, " tokens"],
+        doc_lens: Int64[np.ndarray, " documents"],
+        doc_ids: UInt64[np.ndarray, " documents"],
+    ) -> list[PackedRows]:
+        self._keep(tokens, doc_lens, doc_ids)
         groups = []
         while self._num_tokens >= self.rows_per_batch * self.block_size:
             groups.append(self._take(self.rows_per_batch))
         return groups
 
-    def finish(self) -> PackedRows | None:
+    def finish(self) -> list[PackedRows]:
         """Return the last, smaller group of rows, if any, and count the tail that is dropped."""
         num_rows = self._num_tokens // self.block_size
-        rows = self._take(num_rows) if num_rows else None
+        rows = [self._take(num_rows)] if num_rows else []
         self.dropped_tail_tokens = self._num_tokens
         return rows
 
     def _take(self, num_rows: int) -> PackedRows:
-        tokens = np.concatenate(self._tokens)
-        lens = np.concatenate(self._doc_lens)
-        ids = np.concatenate(self._doc_ids)
+        tokens, lens, ids = self._release()
         rows = cut_rows(tokens, lens, ids, num_rows=num_rows, block_size=self.block_size)
         taken = num_rows * self.block_size
         ends = np.cumsum(lens)
         first = int(np.searchsorted(ends, taken, side="right"))
+        self._count(lens, ends, taken)
         rest = lens[first:].copy()
         if len(rest):
             rest[0] = ends[first] - taken
-        self._tokens, self._doc_lens, self._doc_ids = [tokens[taken:]], [rest], [ids[first:]]
-        self._num_tokens -= taken
+            self._first_is_rest = rest[0] < lens[first]
+        else:
+            self._first_is_rest = False
+        self._keep(tokens[taken:], rest, ids[first:])
+        self.num_pieces += len(rows.doc_lens)
         return rows
+
+    def _count(self, lens: np.ndarray, ends: np.ndarray, taken: int) -> None:
+        """Count the documents cut by a border up to ``taken``, each once."""
+        starts = ends - lens
+        is_cut = (starts // self.block_size < (ends - 1) // self.block_size) & (starts < taken)
+        if self._first_is_rest and len(is_cut):
+            is_cut[0] = False  # counted when its beginning was taken
+        self.num_cut_documents += int(is_cut.sum())

@@ -35,6 +35,9 @@ class StreamBatch:
     """Rows consumed by all ranks after this batch; pass it to ``open_stream`` to go on."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """For ``metrics.jsonl``: shares of a mixture so far, skipped rows of the global batch."""
+    doc_lens: Int64[Tensor, "rows pieces"] | None = None
+    """Tokens of each document piece of a row, zeros after the last one; what a row has beyond
+    their sum is padding. None: no row has padding, and pieces were not asked for."""
 
 
 class TokenStream(Iterator[StreamBatch]):
@@ -56,8 +59,10 @@ class TokenStream(Iterator[StreamBatch]):
         world_size: int,
         cursor: int,
         skips: SkipList | None,
+        documents: bool = False,
     ) -> None:
         self.data = data
+        self._documents = documents or data.has_padding
         self.cursor = cursor
         self.skips = SkipList(data) if skips is None else skips
         self._global_batch_size = global_batch_size
@@ -98,6 +103,7 @@ class TokenStream(Iterator[StreamBatch]):
             skipped=torch.from_numpy(skipped),
             cursor=self.cursor,
             metrics=metrics,
+            doc_lens=self.data.document_lens(set_ids, rows) if self._documents else None,
         )
 
 
@@ -110,6 +116,7 @@ def open_stream(
     world_size: int = 1,
     cursor: int = 0,
     skips: SkipList | None = None,
+    documents: bool = False,
 ) -> TokenStream:
     """Open the training stream of a token set, or of a mixture of sets, for one rank.
 
@@ -127,6 +134,7 @@ def open_stream(
         world_size: Ranks that share each global batch, >= 1; ranks beyond the batch get no rows.
         cursor: Rows already consumed by all ranks, >= 0 (``StreamBatch.cursor`` of the last one).
         skips: Rows that keep their place but carry no targets; None for none.
+        documents: Deliver ``doc_lens`` with each batch; sets with padding always do.
 
     Returns:
         An endless iterator of ``StreamBatch``.
@@ -153,6 +161,7 @@ def open_stream(
         world_size=world_size,
         cursor=cursor,
         skips=skips,
+        documents=documents,
     )
 
 

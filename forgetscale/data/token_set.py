@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -140,10 +141,25 @@ class TokenSet:
         self._batch_shard = np.repeat(np.arange(len(infos)), [len(info.batches) for info in infos])
         self._shard_first_batch = np.searchsorted(self._batch_shard, np.arange(len(infos)))
         self._ids_start = np.full(len(counts), -1, dtype=np.int64)
+        self._lens_of_batch: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return self.num_rows
+
+    @property
+    def num_padding_tokens(self) -> int:
+        """Positions at the end of rows that hold no token; not in ``num_tokens``."""
+        return self.num_rows * self.block_size - self.num_tokens
+
+    def targets_per_row(self, *, document_mask: bool) -> Fraction:
+        """Return the mean number of target tokens of a row: all but the first of each text.
+
+        Args:
+            document_mask: Each document piece is a text of its own; else each row is one.
+        """
+        num_texts = len(self.document_lengths()) if document_mask else self.num_rows
+        return Fraction(self.num_tokens - num_texts, self.num_rows)
 
     def read(self, row_ids: Sequence[int] | np.ndarray | Tensor) -> Int64[Tensor, "rows block"]:
         """Return the ids of chosen rows, in the order asked for.
@@ -175,6 +191,38 @@ class TokenSet:
         for index in np.unique(owners):
             chosen = owners == index
             out[chosen] = self._shards[index].windows[starts[chosen]]
+        return torch.from_numpy(out)
+
+    def document_lens(
+        self, row_ids: Sequence[int] | np.ndarray | Tensor
+    ) -> Int64[Tensor, "rows pieces"]:
+        """Return the tokens of each document piece of chosen rows, zeros after the last piece.
+
+        What a row has beyond their sum is padding.
+
+        Args:
+            row_ids: Row numbers in ``0..num_rows - 1``; their ids were read before or are
+                verified now.
+
+        Raises:
+            ValueError: A row number is outside the set.
+            DataError: A record batch changed since it was written.
+        """
+        rows = np.asarray(row_ids, dtype=np.int64).reshape(-1)
+        batches = np.searchsorted(self._batch_first_row, rows, side="right") - 1
+        found = []
+        for row, batch in zip(rows.tolist(), batches.tolist(), strict=True):
+            if batch not in self._lens_of_batch:
+                self.read([row])
+                column = self._record_batch(batch).column(1)
+                parts = column.values.to_numpy(), column.offsets.to_numpy()
+                self._lens_of_batch[batch] = parts
+            values, offsets = self._lens_of_batch[batch]
+            inside = row - int(self._batch_first_row[batch])
+            found.append(values[offsets[inside] : offsets[inside + 1]])
+        out = np.zeros((len(rows), max(map(len, found), default=0)), dtype=np.int64)
+        for place, lens in enumerate(found):
+            out[place, : len(lens)] = lens
         return torch.from_numpy(out)
 
     def document_pieces(self, row: int) -> list[DocumentPiece]:
@@ -241,11 +289,12 @@ class TokenSet:
             batch.column(1).flatten().to_numpy().astype(np.int64),
             batch.column(1).offsets.to_numpy()[:-1],
         )
-        if int(ids.max()) < self.vocab_size and bool((sums == self.block_size).all()):
+        fills = sums <= self.block_size if self.num_padding_tokens else sums == self.block_size
+        if int(ids.max()) < self.vocab_size and bool(fills.all()):
             return None
         return (
             f"{shard.path} holds ids outside the vocabulary of {self.vocab_size} or document"
-            f" lengths that do not sum to {self.block_size} in record batch {index}, rows"
+            f" lengths that do not fill {self.block_size} tokens in record batch {index}, rows"
             f" {first_row} to {first_row + batch.num_rows - 1}; build the token set again."
         )
 

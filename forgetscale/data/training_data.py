@@ -105,6 +105,44 @@ class TrainingData:
                 out[torch.from_numpy(chosen)] = part.token_set.read(rows[chosen])
         return out
 
+    @property
+    def has_padding(self) -> bool:
+        """Whether rows of any set end in padding."""
+        return any(part.token_set.num_padding_tokens > 0 for part in self.parts)
+
+    def targets_per_row(self, *, document_mask: bool) -> Fraction:
+        """Return the mean number of target tokens of a row, sets weighted by their shares.
+
+        Args:
+            document_mask: Each document piece is a text of its own; else each row is one.
+        """
+        whole = sum(
+            part.share * part.token_set.targets_per_row(document_mask=document_mask)
+            for part in self.parts
+        )
+        return Fraction(whole) / sum(part.share for part in self.parts)
+
+    def document_lens(
+        self, set_ids: Int64[np.ndarray, " rows"], rows: Int64[np.ndarray, " rows"]
+    ) -> Int64[Tensor, "rows pieces"]:
+        """Return the tokens of each document piece of chosen rows, zeros after the last one.
+
+        Raises:
+            DataError: A record batch changed since it was written.
+        """
+        if len(self.parts) == 1:
+            return self.parts[0].token_set.document_lens(rows)
+        chosen = [np.flatnonzero(set_ids == index) for index in range(len(self.parts))]
+        found = [
+            part.token_set.document_lens(rows[places])
+            for part, places in zip(self.parts, chosen, strict=True)
+        ]
+        width = max(lens.shape[1] for lens in found)
+        out = torch.zeros((len(rows), width), dtype=torch.int64)
+        for places, lens in zip(chosen, found, strict=True):
+            out[torch.from_numpy(places), : lens.shape[1]] = lens
+        return out
+
     def shares(self, counts: Int64[np.ndarray, " sets"]) -> dict[str, float]:
         """Return the share of rows and of tokens that each set has had, for the metrics.
 

@@ -24,7 +24,7 @@ from forgetscale.data.format import (
     schema,
     token_dtype,
 )
-from forgetscale.data.packing import CONCAT_VERSION, cut_rows
+from forgetscale.data.packing import CONCAT_VERSION, cut_rows, slice_rows
 
 
 class _HashingFile(io.RawIOBase):
@@ -208,7 +208,7 @@ def write_token_set(
             artifact.path, block_size=block_size, vocab_size=vocab_size, shard_rows=shard_rows
         )
         for start in range(0, num_rows, step):
-            writer.append(_slice_rows(whole, start, min(start + step, num_rows)))
+            writer.append(slice_rows(whole, start, min(start + step, num_rows)))
         artifact.payload = token_set_payload(
             block_size=block_size,
             vocab_size=vocab_size,
@@ -230,6 +230,7 @@ def token_set_payload(
     num_text_bytes: int,
     tokenizer_sha256: str,
     shards: list[dict[str, Any]],
+    num_padding_tokens: int = 0,
 ) -> dict[str, Any]:
     """Return the manifest payload of a token set with the optional parts at their neutral value."""
     return {
@@ -237,7 +238,7 @@ def token_set_payload(
         "vocab_size": vocab_size,
         "dtype": token_dtype(vocab_size).name,
         "num_rows": num_rows,
-        "num_tokens": num_rows * block_size,
+        "num_tokens": num_rows * block_size - num_padding_tokens,
         "num_documents": num_documents,
         "num_text_bytes": num_text_bytes,
         "tokenizer_sha256": tokenizer_sha256,
@@ -248,13 +249,3 @@ def token_set_payload(
         "rejects": {"num_rejects": 0},
         "shards": shards,
     }
-
-
-def _slice_rows(rows: PackedRows, start: int, end: int) -> PackedRows:
-    first, last = int(rows.piece_offsets[start]), int(rows.piece_offsets[end])
-    return PackedRows(
-        input_ids=rows.input_ids[start:end],
-        doc_lens=rows.doc_lens[first:last],
-        doc_id=rows.doc_id[first:last],
-        piece_offsets=rows.piece_offsets[start : end + 1] - np.int32(first),
-    )

@@ -14,6 +14,8 @@ from forgetscale.config import CalibrationConfig
 from forgetscale.data import TokenSet, TrainingData, calibration_rows
 from forgetscale.errors import ConfigError, DataError
 from forgetscale.models import CausalLMWithLoss
+from forgetscale.ops import IGNORE_INDEX
+from forgetscale.ops.documents import packed_labels
 from forgetscale.ops.losses import LossFunction
 from forgetscale.progress import Progress
 from forgetscale.zero3 import World, ZeroEngine, ZeroShards
@@ -66,6 +68,11 @@ class SourceCalibration:
         if self.config is None or self.token_set is None:
             raise ConfigError(
                 "this score needs source data; set method.calibration.path to a token set."
+            )
+        if self.token_set.num_padding_tokens:
+            raise ConfigError(
+                f"method.calibration.path: {self.token_set.path} has rows with padding, which would"
+                " count as source data; build it with --packing concat."
             )
         return self.config, self.token_set
 
@@ -156,7 +163,11 @@ class SourceCalibration:
         )
         counts = torch.zeros(size, dtype=torch.int64)
         for row in range(first, last, COUNTED_ROWS):
-            ids = token_set.read(range(row, min(row + COUNTED_ROWS, last)))
+            rows = range(row, min(row + COUNTED_ROWS, last))
+            ids = token_set.read(rows)
+            if token_set.num_padding_tokens:
+                lens = token_set.document_lens(rows)
+                ids = ids[packed_labels(ids, lens, document_mask=False) != IGNORE_INDEX]
             counts += torch.bincount(ids.flatten(), minlength=size)
         return counts
 

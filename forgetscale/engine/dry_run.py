@@ -14,7 +14,7 @@ from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import open_data, open_stream
 from forgetscale.engine.estimate import MemoryEstimate, estimate_memory, flops_per_token
-from forgetscale.engine.loop import accumulate, micro_batches
+from forgetscale.engine.loop import accumulate, count_targets, micro_batches
 from forgetscale.engine.metrics import memory_bytes
 from forgetscale.engine.run import (
     num_train_steps,
@@ -59,14 +59,16 @@ def look_ahead(recipe: Recipe, world_size: int, draw: Callable[[Any], frozenset[
     skeleton = build_skeleton(config)
     shapes = parameter_shapes(skeleton)
     frozen_whole = draw(skeleton)
-    block = open_data(recipe.data).block_size
+    data = open_data(recipe.data)
+    block = data.block_size
+    targets_per_row = data.targets_per_row(document_mask=recipe.data.document_mask)
     embedding = skeleton.get_input_embeddings().weight
     tied = skeleton.get_output_embeddings().weight is embedding
     name = next(n for n, p in skeleton.named_parameters() if p is embedding)
     return Outlook(
         num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
-        num_steps=num_train_steps(recipe, block),
-        target_tokens_per_step=recipe.train.global_batch_size * (block - 1),
+        num_steps=num_train_steps(recipe, targets_per_row),
+        target_tokens_per_step=round(recipe.train.global_batch_size * targets_per_row),
         flops_per_token=flops_per_token(
             shapes, "" if tied else name, config.num_hidden_layers, config.hidden_size, block
         ),
@@ -89,6 +91,7 @@ def mock_steps(recipe: Recipe, method: Method, world: World) -> Trial:
     """
     data = open_data(recipe.data, recipe.model.path)
     source = open_source(recipe, world)
+    mask = recipe.data.document_mask
     engine = start_engine(recipe, world, source, plan=None, training=True)
     engine.set_training(True)
     stream = open_stream(
@@ -97,14 +100,18 @@ def mock_steps(recipe: Recipe, method: Method, world: World) -> Trial:
         global_batch_size=recipe.train.global_batch_size,
         rank=world.rank,
         world_size=world.size,
+        documents=mask,
     )
     count = accumulation_steps(recipe, world.size)
-    num_targets = recipe.train.global_batch_size * (data.block_size - 1)
-    loss_sum, seconds = 0.0, 0.0
+    loss_sum, seconds, num_targets = 0.0, 0.0, 1
     for _ in range(NUM_STEPS):
-        rows = next(stream).input_ids
+        rows = next(stream)
         start = time.perf_counter()
-        batches = list(micro_batches(rows, recipe.train.micro_batch_size, count))
+        size = recipe.train.micro_batch_size
+        batches = list(
+            micro_batches(rows.input_ids, size, count, rows.doc_lens, document_mask=mask)
+        )
+        num_targets = count_targets(batches, world)
         loss_sum = float(accumulate(engine, method.loss, batches, num_targets))
         engine.shards.freeze(decay=0.0)
         engine.step(lr=0.0)

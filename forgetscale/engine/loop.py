@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int64
@@ -18,8 +18,9 @@ from forgetscale.data import StreamBatch, TokenStream
 from forgetscale.engine.audit import FreezeAudit
 from forgetscale.engine.metrics import MetricsLog, memory_bytes
 from forgetscale.engine.stop import StopRequest
-from forgetscale.errors import NonFiniteError, StoppedEarly
+from forgetscale.errors import DataError, NonFiniteError, StoppedEarly
 from forgetscale.ops import IGNORE_INDEX
+from forgetscale.ops.documents import document_positions, packed_labels
 from forgetscale.ops.losses import LossFunction
 from forgetscale.ops.schedule import learning_rate
 from forgetscale.progress import Progress
@@ -62,12 +63,24 @@ class StepResult:
     method_metrics: Mapping[str, float]
 
 
+class MicroBatch(NamedTuple):
+    """What one forward pass of training gets."""
+
+    input_ids: Int64[Tensor, "B T"]
+    labels: Int64[Tensor, "B T"]
+    position_ids: Int64[Tensor, "B T"] | None = None
+    """Places that restart with each document; None: attention is not masked."""
+
+
 def micro_batches(
     rows: Int64[Tensor, "rows T"],
     size: int,
     count: int,
     skipped: Bool[Tensor, " rows"] | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
+    doc_lens: Int64[Tensor, "rows pieces"] | None = None,
+    *,
+    document_mask: bool = False,
+) -> Iterator[MicroBatch]:
     """Cut a rank's rows into ``count`` micro-batches of ``size`` rows, the same on every rank.
 
     Missing rows are filled with token 0 and carry no target, so that all ranks make the same
@@ -78,26 +91,53 @@ def micro_batches(
         size: Rows per micro-batch.
         count: Micro-batches; ``count * size`` is at least the number of rows.
         skipped: True for rows that carry no target; None for none.
+        doc_lens: Tokens of the document pieces of each row; None: rows without padding.
+        document_mask: Documents do not see each other; needs ``doc_lens``.
 
     Yields:
-        ``(input_ids [size, T], labels [size, T])``.
+        Micro-batches of ``size`` rows; padding is no target.
     """
     assert rows.shape[0] <= size * count, (rows.shape, size, count)
+    assert doc_lens is not None or not document_mask
+    targets = rows
+    if doc_lens is not None:
+        targets = packed_labels(rows, doc_lens, document_mask=document_mask)
     for start in range(0, size * count, size):
         part = rows[start : start + size]
         ids = rows.new_zeros(size, rows.shape[1])
         labels = rows.new_full((size, rows.shape[1]), IGNORE_INDEX)
         ids[: part.shape[0]] = part
-        labels[: part.shape[0]] = part
+        labels[: part.shape[0]] = targets[start : start + size]
         if skipped is not None:
             labels[: part.shape[0]][skipped[start : start + size]] = IGNORE_INDEX
-        yield ids, labels
+        positions = None
+        if document_mask and doc_lens is not None:
+            positions = torch.arange(rows.shape[1]).repeat(size, 1)
+            lens = doc_lens[start : start + size]
+            positions[: part.shape[0]] = document_positions(lens, rows.shape[1])
+        yield MicroBatch(ids, labels, positions)
+
+
+def count_targets(batches: Sequence[MicroBatch], world: World) -> int:
+    """Return the target tokens of a step over all ranks. Collective: every rank must call it.
+
+    Raises:
+        DataError: There are none, so the step has no loss.
+    """
+    mine = sum(int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+    found = int(world.sum(torch.tensor([mine])))
+    if not found:
+        raise DataError(
+            "no token of this step is a target (documents of one token, or skipped rows); look at"
+            " its rows with python -m data_prep inspect, or raise train.global_batch_size."
+        )
+    return found
 
 
 def accumulate(
     engine: ZeroEngine,
     loss_function: LossFunction,
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[MicroBatch],
     num_targets: int,
 ) -> Tensor:
     """Run forward and backward over a step's micro-batches.
@@ -116,8 +156,11 @@ def accumulate(
     """
     world = engine.world
     loss_sum = torch.zeros((), dtype=torch.float32, device=world.device)
-    for number, (ids, labels) in enumerate(batches):
-        loss = engine(ids.to(world.device), labels.to(world.device), loss_function)
+    for number, (ids, labels, positions) in enumerate(batches):
+        places = None if positions is None else positions.to(world.device)
+        loss = engine(
+            ids.to(world.device), labels.to(world.device), loss_function, position_ids=places
+        )
         loss_sum += loss.detach()
         engine.backward(loss * (world.size / num_targets), last=number == len(batches) - 1)
     return loss_sum
@@ -138,11 +181,15 @@ def train_step(job: Training, batch: StreamBatch, step: int) -> StepResult:
     optim = recipe.optim
     batches = list(
         micro_batches(
-            batch.input_ids, recipe.train.micro_batch_size, job.num_micro_batches, batch.skipped
+            batch.input_ids,
+            recipe.train.micro_batch_size,
+            job.num_micro_batches,
+            batch.skipped,
+            batch.doc_lens,
+            document_mask=recipe.data.document_mask,
         )
     )
-    targets = torch.tensor([sum(int((y[:, 1:] != IGNORE_INDEX).sum()) for _, y in batches)])
-    num_targets = int(world.sum(targets))
+    num_targets = count_targets(batches, world)
 
     loss_sum = accumulate(engine, job.method.loss, batches, num_targets)
     shards = engine.shards

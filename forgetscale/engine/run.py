@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from forgetscale.models import (
     SafetensorsFolder,
     buffer_values,
     build_skeleton,
+    check_document_mask,
     check_head,
     construct,
     parameter_shapes,
@@ -135,6 +137,8 @@ def start_engine(
     )
     restore_buffers(engine.module, buffer_values(source.skeleton), CausalLMWithLoss.PREFIX)
     _check_output_head(engine, source.config.vocab_size)
+    if recipe.data.document_mask:
+        _check_document_mask(engine, source.config.vocab_size)
     return engine
 
 
@@ -144,6 +148,15 @@ def _check_output_head(engine: ZeroEngine, vocab_size: int) -> None:
     engine.set_training(False)
     scores = engine(ids, labels=ids, mode="score")
     check_head(scores, engine(ids, mode="logits"), ids)
+
+
+def _check_document_mask(engine: ZeroEngine, vocab_size: int) -> None:
+    def score(ids: Tensor, positions: Tensor | None) -> Tensor:
+        nll: Tensor = engine(ids, labels=ids, mode="score", position_ids=positions)[0]
+        return nll
+
+    engine.set_training(False)
+    check_document_mask(score, vocab_size, engine.world.device)
 
 
 def calibration_for(
@@ -259,12 +272,12 @@ def _check_plan_recipe(path: Path, plan: FreezePlan, recipe: Recipe) -> None:
             )
 
 
-def num_train_steps(recipe: Recipe, block_size: int) -> int:
-    """Return the number of optimizer steps; every row gives ``block_size - 1`` target tokens."""
+def num_train_steps(recipe: Recipe, targets_per_row: Fraction | int) -> int:
+    """Return the number of optimizer steps, with ``targets_per_row`` target tokens in the mean."""
     if recipe.train.num_steps is not None:
         return recipe.train.num_steps
     assert recipe.train.num_target_tokens is not None
-    per_step = recipe.train.global_batch_size * (block_size - 1)
+    per_step = recipe.train.global_batch_size * targets_per_row
     return -(-recipe.train.num_target_tokens // per_step)
 
 
@@ -306,7 +319,8 @@ def train(
     store = open_store(recipe, world, log)
     state = _resume(recipe, world, store, engine, method, plan, data, source, audit, log)
     world.on_main(lambda: keep_data_record(output, data))
-    num_steps = num_train_steps(recipe, data.block_size)
+    mask = recipe.data.document_mask
+    num_steps = num_train_steps(recipe, data.targets_per_row(document_mask=mask))
     stream = open_stream(
         data,
         seed=recipe.data.shuffle_seed,
@@ -315,6 +329,7 @@ def train(
         world_size=world.size,
         cursor=state.cursor,
         skips=settle_run_skips(recipe, world, data, state, log),
+        documents=mask,
     )
     metrics = MetricsLog(output, visible=world.is_main, step=state.step)
     progress = Progress(

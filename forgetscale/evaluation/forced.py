@@ -211,7 +211,7 @@ class TokenPerplexity:
     """Perplexity and bits per byte on a token set, prepared once and measured many times.
 
     Each row of the set is scored on its own: the first token has no context and is not scored,
-    every other token is, padding does not exist. Perplexity is ``exp`` of nats per scored token.
+    every other token is, padding is not. Perplexity is ``exp`` of nats per scored token.
     Bits per byte is nats per scored token, times tokens per byte of the set's text, over ln 2:
     comparable between tokenizers, which perplexity is not.
 
@@ -221,13 +221,23 @@ class TokenPerplexity:
         tokens_per_byte: Tokens of the set over UTF-8 bytes of its text; None if the bytes are
             unknown, then only perplexity is measured.
         content_hash: Hash of the set's content.
+        row_tokens: ``[n]`` tokens of each row, >= 1, what follows is padding; None: no padding.
     """
 
     def __init__(
-        self, name: str, rows: Tensor, *, tokens_per_byte: float | None, content_hash: str
+        self,
+        name: str,
+        rows: Tensor,
+        *,
+        tokens_per_byte: float | None,
+        content_hash: str,
+        row_tokens: Tensor | None = None,
     ) -> None:
         self.name = name
         self.rows = rows
+        if row_tokens is None:
+            row_tokens = torch.full((len(rows),), rows.shape[1])
+        self._row_tokens = row_tokens
         self.input_hash = content_hash
         self.num_items = len(rows)
         self._tokens_per_byte = tokens_per_byte
@@ -267,10 +277,12 @@ class TokenPerplexity:
             world_size=collective.world_size,
         ):
             ids = self.rows[list(batch.items)]
-            nll, _ = model.score(ids, torch.ones_like(ids))
+            lengths = self._row_tokens[list(batch.items), None]
+            mask = (torch.arange(ids.shape[1]) < lengths).to(ids.dtype)
+            nll, _ = model.score(ids, mask)
             on_call()
             if not batch.dummy:
-                sums = nll.double().sum(dim=1).tolist()
+                sums = nll.double().where(mask[:, 1:] > 0, 0.0).sum(dim=1).tolist()
                 local.update(zip(batch.items, sums, strict=True))
         summed = gather_exactly_once(collective, local, range(len(self.rows)))
         nats = np.array([summed[item] for item in range(len(self.rows))])
@@ -279,7 +291,7 @@ class TokenPerplexity:
         return self._summarise(nats, settings)
 
     def _summarise(self, nats: np.ndarray, settings: MeasureSettings) -> Measured:
-        targets = np.full(len(nats), float(self.rows.shape[1] - 1))
+        targets = self._row_tokens.double().numpy() - 1
         mean = bootstrap_ratio(
             nats,
             targets,

@@ -69,4 +69,7 @@ def load_perplexity(
         token_set.read(range(num_rows)),
         tokens_per_byte=token_set.num_tokens / num_bytes if num_bytes else None,
         content_hash=token_set.content_hash,
+        row_tokens=token_set.document_lens(range(num_rows)).sum(1)
+        if token_set.num_padding_tokens
+        else None,
     )

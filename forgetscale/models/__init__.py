@@ -1,6 +1,7 @@
 """Hugging Face models: construction without weights, slices of safetensors, loss module."""
 
 from forgetscale.models.causal import CausalLMWithLoss, check_head
+from forgetscale.models.documents import check_document_mask
 from forgetscale.models.skeleton import (
     buffer_values,
     build_skeleton,
@@ -16,6 +17,7 @@ __all__ = [
     "SafetensorsFolder",
     "buffer_values",
     "build_skeleton",
+    "check_document_mask",
     "check_head",
     "construct",
     "parameter_shapes",

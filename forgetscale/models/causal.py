@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from forgetscale.errors import ConfigError
+from forgetscale.models.documents import document_arguments
 from forgetscale.ops.losses import LossFunction, chunked_loss, token_scores
 
 HEAD_CHECK_POSITIONS = 8
@@ -97,10 +98,22 @@ class CausalLMWithLoss(nn.Module):
                 layer.training = False
             self.model.disable_input_require_grads()
 
-    def hidden_states(self, input_ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """Return the last hidden states (after the final norm)."""
+    def hidden_states(
+        self, input_ids: Int64[Tensor, "B T"], position_ids: Int64[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Return the last hidden states (after the final norm).
+
+        Args:
+            input_ids: Token ids.
+            position_ids: Places that restart with each document, which then are kept apart; None:
+                each row is one text.
+        """
+        documents = {}
+        if position_ids is not None:
+            attention = self.model.config._attn_implementation
+            documents = document_arguments(attention, position_ids)
         hidden: Tensor = self.model.base_model(
-            input_ids=input_ids, use_cache=False
+            input_ids=input_ids, use_cache=False, **documents
         ).last_hidden_state
         return hidden
 
@@ -110,6 +123,7 @@ class CausalLMWithLoss(nn.Module):
         labels: Int64[Tensor, "B T"] | None = None,
         loss: LossFunction | None = None,
         mode: Literal["loss", "score", "body", "logits"] = "loss",
+        position_ids: Int64[Tensor, "B T"] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run the model.
 
@@ -121,11 +135,12 @@ class CausalLMWithLoss(nn.Module):
             mode: ``loss`` returns the summed loss; ``score`` per-position negative
                 log-likelihoods and argmax hits ``[B, T-1]``; ``body`` the hidden states (for
                 hooks); ``logits`` the model's own logits (short inputs only).
+            position_ids: See ``hidden_states``; not for ``mode="logits"``.
         """
         if mode == "logits":
             logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
             return logits
-        hidden = self.hidden_states(input_ids)
+        hidden = self.hidden_states(input_ids, position_ids)
         if mode == "body":
             return hidden
         assert labels is not None

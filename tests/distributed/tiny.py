@@ -20,8 +20,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from forgetscale.artifact import ArtifactWriter
 from forgetscale.config import DATA_SCORES
-from forgetscale.data import tokenizer_hash, write_token_set
+from forgetscale.data import (
+    BestFitPacker,
+    ShardWriter,
+    token_set_payload,
+    tokenizer_hash,
+    write_token_set,
+)
 
 VOCAB_SIZE = 67
 BLOCK_SIZE = 24
@@ -99,6 +106,30 @@ def make_set(directory: Path, model: Path, *, rows: int = 40, seed: int = 1) -> 
         tokenizer_sha256=tokenizer_hash(model),
         num_text_bytes=rows * BLOCK_SIZE * 3,
     )
+    return directory
+
+
+def make_padded_set(directory: Path, model: Path, *, documents: int = 60, seed: int = 4) -> Path:
+    """Write documents of many lengths, packed by best-fit into rows that end in padding."""
+    generator = np.random.default_rng(seed)
+    lens = generator.integers(1, 2 * BLOCK_SIZE, documents)
+    tokens = np.minimum(generator.geometric(0.06, int(lens.sum())) + 2, VOCAB_SIZE - 1)
+    with ArtifactWriter(directory, "token_set") as artifact:
+        writer = ShardWriter(artifact.path, block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE)
+        packer = BestFitPacker(BLOCK_SIZE, 8, writer.dtype, pad_id=0, window_tokens=300)
+        ids = np.arange(1, documents + 1, dtype=np.uint64)
+        for rows in [*packer.add(tokens, lens, ids), *packer.finish()]:
+            writer.append(rows)
+        artifact.payload = token_set_payload(
+            block_size=BLOCK_SIZE,
+            vocab_size=VOCAB_SIZE,
+            num_rows=writer.num_rows,
+            num_documents=documents,
+            num_text_bytes=3 * len(tokens),
+            tokenizer_sha256=tokenizer_hash(model),
+            shards=writer.close(),
+            num_padding_tokens=packer.num_padding_tokens,
+        )
     return directory
 
 

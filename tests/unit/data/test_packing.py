@@ -20,7 +20,7 @@ def pack(documents, block_size, rows_per_batch, split_at):
                 np.arange(first, first + len(part), dtype=np.uint64),
             )
     assert all(len(group) == rows_per_batch for group in groups)
-    if (rest := packer.finish()) is not None:
+    for rest in packer.finish():
         assert len(rest) < rows_per_batch
         groups.append(rest)
     rows, pieces = [], []
@@ -29,7 +29,7 @@ def pack(documents, block_size, rows_per_batch, split_at):
             first, last = group.piece_offsets[index : index + 2]
             rows.append(row.tolist())
             pieces.append((group.doc_lens[first:last].tolist(), group.doc_id[first:last].tolist()))
-    return rows, pieces, packer.dropped_tail_tokens
+    return rows, pieces, packer
 
 
 @settings(deadline=None)
@@ -44,7 +44,8 @@ def test_rows_are_the_documents_one_after_another(lengths, block_size, rows_per_
     documents = [
         np.arange(end - n, end, dtype=np.uint32) for n, end in zip(lengths, ends, strict=True)
     ]
-    rows, pieces, dropped = pack(documents, block_size, rows_per_batch, split_at)
+    rows, pieces, packer = pack(documents, block_size, rows_per_batch, split_at)
+    dropped = packer.dropped_tail_tokens
     flat = [token for row in rows for token in row]
     assert flat == list(range(len(flat)))
     assert dropped == ends[-1] - len(flat) < block_size
@@ -59,6 +60,12 @@ def test_rows_are_the_documents_one_after_another(lengths, block_size, rows_per_
             position += length
     assert (seen <= lengths).all()
     assert seen.sum() == len(flat)
+    assert packer.num_pieces == sum(len(ids) for _, ids in pieces)
+    assert packer.num_padding_tokens == 0
+    borders = set(range(block_size, len(flat) + 1, block_size))
+    starts = ends - lengths
+    cut = [any(a < b < e for b in borders) for a, e in zip(starts, ends, strict=True)]
+    assert packer.num_cut_documents == sum(cut)
 
 
 def test_wrong_lengths_are_refused():

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from data_prep.records import undo_escapes
 from forgetscale.artifact import hash_file, verify_artifact
-from forgetscale.data import TokenSet, require_same_tokenizer, tokenizer_hash
+from forgetscale.data import TokenSet, open_stream, require_same_tokenizer, tokenizer_hash
 from forgetscale.errors import ConfigError, DataError
 
 
@@ -214,3 +215,32 @@ def test_impossible_options(make, corpus):
     ):
         with pytest.raises(ConfigError, match=sentence):
             make(corpus, **options)
+
+
+def test_best_fit_cuts_only_long_documents_and_says_what_it_measured(make, corpus, tokenizer):
+    cut = TokenSet(make(corpus, name="cut", block_size=64))
+    fit = TokenSet(make(corpus, name="fit", block_size=64, packing="best-fit"))
+    assert not list(fit.damages()) and not list(cut.damages())
+    assert fit.payload["packing"]["method"] == "best_fit"
+    shares = fit.payload["row_shares"]
+    lens = fit.document_lens(range(len(fit)))
+    assert int(lens.sum()) == fit.num_tokens
+    assert shares["num_padding_tokens"] == fit.num_padding_tokens > 0
+    assert shares["padding_share"] == fit.num_padding_tokens / (len(fit) * 64)
+    assert shares["num_cut_documents"] == 0 and shares["num_pieces"] == 100
+    assert cut.payload["row_shares"]["cut_share"] > 0.2
+    assert cut.payload["row_shares"]["padding_share"] == 0 == cut.num_padding_tokens
+    for row in (0, len(fit) - 1):
+        ids = fit.read([row])[0]
+        place = 0
+        for piece in fit.document_pieces(row):
+            text = tokenizer.decode(ids[place : place + piece.num_tokens])
+            number = piece.line - 1 + 60 * piece.file.endswith("0001.jsonl.gz")
+            assert text.startswith(f"In year {number} the river") and text.endswith("</s>")
+            place += piece.num_tokens
+        assert set(ids[place:].tolist()) <= {tokenizer.pad_token_id}
+    batch = next(open_stream(fit, seed=1, global_batch_size=4))
+    assert torch.equal(batch.doc_lens, fit.document_lens(batch.row_ids))
+    assert next(open_stream(cut, seed=1, global_batch_size=4)).doc_lens is None
+    asked = next(open_stream(cut, seed=1, global_batch_size=4, documents=True))
+    assert asked.doc_lens.sum(1).tolist() == [64] * 4

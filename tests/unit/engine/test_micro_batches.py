@@ -19,7 +19,8 @@ def test_every_row_once_and_fillers_without_target(rows: int, size: int, spare: 
     found = list(micro_batches(ids, size, count))
     assert len(found) == count
     real = []
-    for input_ids, labels in found:
+    for input_ids, labels, positions in found:
+        assert positions is None
         assert input_ids.shape == labels.shape == (size, 4)
         is_real = (labels != IGNORE_INDEX).all(1)
         assert torch.equal(input_ids[is_real], labels[is_real])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -149,13 +150,20 @@ def test_a_signal_is_only_noted(number: int):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "block", "steps"), [(1, 4, 9, 1), (32, 4, 9, 1), (33, 4, 9, 2)]
+    ("tokens", "rows", "targets", "steps"),
+    [
+        (1, 4, 8, 1),
+        (32, 4, 8, 1),
+        (33, 4, 8, 2),
+        (30, 4, Fraction(15, 2), 1),
+        (31, 4, Fraction(15, 2), 2),
+    ],
 )
-def test_steps_from_target_tokens(tmp_path, tokens: int, rows: int, block: int, steps: int):
+def test_steps_from_target_tokens(tmp_path, tokens: int, rows: int, targets, steps: int):
     recipe = recipe_of(
         tmp_path,
         train__num_steps=None,
         train__num_target_tokens=tokens,
         train__global_batch_size=rows,
     )
-    assert num_train_steps(recipe, block) == steps
+    assert num_train_steps(recipe, targets) == steps
