@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from forgetscale.cli.data_check import check_data
 from forgetscale.cli.inputs import check_inputs
 from forgetscale.cli.recipe_options import add_recipe_options, read_recipe, running_world
 from forgetscale.config import dump_recipe
@@ -20,6 +21,7 @@ EXAMPLES = """examples:
   forgetscale check --config run.yaml
   deepspeed --num_gpus 8 --module forgetscale check --config run.yaml
   forgetscale check --config run.yaml --no-step --world-size 64     estimates for 64 ranks
+  forgetscale check --config run.yaml --data     every byte, and 10,000 interrupted runs replayed
 """
 
 
@@ -29,6 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-step", action="store_true", help="estimate only; reads no weights")
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="ranks to estimate for (default: this launch)"
+    )
+    parser.add_argument(
+        "--data",
+        action="store_true",
+        help="check the training data instead: hashes of every byte, each row once per epoch, and"
+        " interrupted runs replayed over 1 to 8 ranks and changes of batch size",
+    )
+    parser.add_argument(
+        "--schedules",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="interrupted runs that --data replays (default: %(default)s)",
     )
 
 
@@ -61,6 +76,10 @@ def describe(outlook: Outlook, world_size: int) -> str:
 def run(options: argparse.Namespace) -> None:
     """Run the command. Collective: every rank must call it."""
     recipe = read_recipe(options)
+    if options.data:
+        if launcher_rank() == 0:
+            check_data(recipe, options.schedules)
+        return
     if not options.no_step:
         check_inputs(recipe)
     world_size = options.world_size or launcher_world_size()

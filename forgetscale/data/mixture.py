@@ -14,6 +14,7 @@ Mathematics 32 (1980), that such sequences exist.
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Sequence
 
@@ -54,6 +55,17 @@ def share_pattern(shares: Sequence[int]) -> Int64[np.ndarray, " period"]:
     return pattern
 
 
+@functools.lru_cache(maxsize=4)
+def _tables(
+    shares: tuple[int, ...],
+) -> tuple[Int64[np.ndarray, " period"], Int64[np.ndarray, "sets period_plus_1"]]:
+    """Return the pattern, and how many rows of each set stand before each of its positions."""
+    pattern = share_pattern(shares)
+    before = np.zeros((len(shares), len(pattern) + 1), dtype=np.int64)
+    np.cumsum(pattern == np.arange(len(shares))[:, None], axis=1, out=before[:, 1:])
+    return pattern, before
+
+
 class MixedOrder:
     """Set and row at each global position.
 
@@ -69,13 +81,10 @@ class MixedOrder:
         if len(orders) != len(shares):
             raise ValueError(f"got {len(orders)} orders and {len(shares)} shares")
         self._orders = tuple(orders)
-        self._shares = np.asarray(shares if len(shares) > 1 else [1], dtype=np.int64)
-        self._period = int(self._shares.sum())
-        self._pattern = share_pattern(self._shares.tolist())
-        sets = np.arange(len(orders))[:, None]
-        before = np.zeros((len(orders), self._period + 1), dtype=np.int64)
-        np.cumsum(self._pattern == sets, axis=1, out=before[:, 1:])
-        self._before = before
+        used = tuple(shares) if len(shares) > 1 else (1,)
+        self._shares = np.asarray(used, dtype=np.int64)
+        self._period = sum(used)
+        self._pattern, self._before = _tables(used)
 
     def counts(self, position: int) -> Int64[np.ndarray, " sets"]:
         """Return how many rows of each set stand before global position ``position``."""

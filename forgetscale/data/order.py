@@ -7,6 +7,7 @@ order is the same on every machine and with every library version.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import numpy as np
@@ -101,10 +102,15 @@ class RowOrder:
 
     def _get_block(self, epoch: int, index: int) -> np.ndarray:
         if self._cached != (epoch, index):
-            permutation = Permutation(self._num_rows, f"{self._name}:{epoch}")
-            positions = np.arange(
-                index * _BLOCK, min((index + 1) * _BLOCK, self._num_rows), dtype=np.int64
-            )
-            self._block = permutation(positions)
+            self._block = _block(self._num_rows, f"{self._name}:{epoch}", index)
             self._cached = (epoch, index)
         return self._block
+
+
+@functools.lru_cache(maxsize=16)
+def _block(num_rows: int, key: str, index: int) -> np.ndarray:
+    """Return block ``index`` of a permutation; kept for others who walk the same order."""
+    positions = np.arange(index * _BLOCK, min((index + 1) * _BLOCK, num_rows), dtype=np.int64)
+    block = Permutation(num_rows, key)(positions)
+    block.flags.writeable = False
+    return block

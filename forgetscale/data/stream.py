@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from forgetscale.data.mixture import MixedOrder
 from forgetscale.data.skip_list import SkipList
 from forgetscale.data.token_set import TokenSet
 from forgetscale.data.training_data import DataPart, TrainingData
@@ -40,68 +42,118 @@ class StreamBatch:
     their sum is padding. None: no row has padding, and pieces were not asked for."""
 
 
+@dataclass(frozen=True, slots=True)
+class RowShare:
+    """Which rows one rank has of one global batch."""
+
+    set_ids: Int64[np.ndarray, " rows"]
+    row_ids: Int64[np.ndarray, " rows"]
+    skipped: Bool[np.ndarray, " rows"]
+    num_skipped: int
+    """Skipped rows of the whole global batch."""
+    cursor: int
+    """Rows consumed by all ranks after this batch."""
+
+
+class RowStream(Iterator[RowShare]):
+    """Endless iterator over the rows of one rank, without their tokens.
+
+    ``TokenStream`` reads what this one names; ``forgetscale check --data`` replays it.
+
+    Attributes:
+        cursor: Rows consumed by all ranks so far.
+        skips: Rows that carry no targets, or None.
+    """
+
+    def __init__(
+        self,
+        order: MixedOrder,
+        skips: SkipList | None,
+        *,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        cursor: int,
+    ) -> None:
+        self.cursor = cursor
+        self.skips = skips
+        self._order = order
+        self._global_batch_size = global_batch_size
+        self._first = global_batch_size * rank // world_size
+        self._count = global_batch_size * (rank + 1) // world_size - self._first
+
+    def counts(self) -> Int64[np.ndarray, " sets"]:
+        """Return how many rows of each set are behind the cursor."""
+        return self._order.counts(self.cursor)
+
+    def __next__(self) -> RowShare:
+        """Return the next share; a global batch without any target is passed over."""
+        num_skipped = 0
+        while self.skips is not None and len(self.skips):
+            whole = self._order.draw(self.cursor, self._global_batch_size)
+            num_skipped = int(self.skips.skipped(self.cursor, *whole).sum())
+            if num_skipped < self._global_batch_size:
+                break
+            self.cursor += self._global_batch_size
+        first = self.cursor + self._first
+        set_ids, rows = self._order.draw(first, self._count)
+        if num_skipped and self.skips is not None:
+            skipped = self.skips.skipped(first, set_ids, rows)
+        else:
+            skipped = np.zeros(self._count, dtype=bool)
+        self.cursor += self._global_batch_size
+        return RowShare(set_ids, rows, skipped, num_skipped, self.cursor)
+
+
 class TokenStream(Iterator[StreamBatch]):
     """Endless iterator over this rank's batches; made by ``open_stream``.
 
     Attributes:
         data: The sets that are read.
-        cursor: Rows consumed by all ranks so far.
-        skips: Rows that carry no targets; a longer list may be put in its place at any time.
     """
 
-    def __init__(
-        self,
-        data: TrainingData,
-        *,
-        seed: int,
-        global_batch_size: int,
-        rank: int,
-        world_size: int,
-        cursor: int,
-        skips: SkipList | None,
-        documents: bool = False,
-    ) -> None:
+    def __init__(self, data: TrainingData, rows: RowStream, *, documents: bool) -> None:
         self.data = data
+        self._rows = rows
         self._documents = documents or data.has_padding
-        self.cursor = cursor
-        self.skips = SkipList(data) if skips is None else skips
-        self._global_batch_size = global_batch_size
-        self._first = global_batch_size * rank // world_size
-        self._count = global_batch_size * (rank + 1) // world_size - self._first
-        self._order = data.order(seed)
+
+    @property
+    def cursor(self) -> int:
+        """Rows consumed by all ranks so far."""
+        return self._rows.cursor
+
+    @property
+    def skips(self) -> SkipList | None:
+        """Rows that carry no targets; a longer list may be put in its place at any time."""
+        return self._rows.skips
+
+    @skips.setter
+    def skips(self, skips: SkipList) -> None:
+        self._rows.skips = skips
 
     @property
     def epochs(self) -> tuple[int, ...]:
         """Whole passes over each set that are behind the cursor."""
-        counts = self._order.counts(self.cursor)
         return tuple(
             int(count) // part.token_set.num_rows
-            for count, part in zip(counts, self.data.parts, strict=True)
+            for count, part in zip(self._rows.counts(), self.data.parts, strict=True)
         )
 
     def __next__(self) -> StreamBatch:
-        """Return the next batch of this rank; a global batch without any target is passed over."""
+        """Return the next batch of this rank."""
+        share = next(self._rows)
+        set_ids, rows = share.set_ids, share.row_ids
         metrics: dict[str, float] = {}
-        while len(self.skips):
-            whole = self._order.draw(self.cursor, self._global_batch_size)
-            num_skipped = int(self.skips.skipped(self.cursor, *whole).sum())
-            if num_skipped < self._global_batch_size:
-                metrics["data/skipped_rows"] = num_skipped
-                break
-            self.cursor += self._global_batch_size
-        first = self.cursor + self._first
-        set_ids, rows = self._order.draw(first, self._count)
-        skipped = self.skips.skipped(first, set_ids, rows)
-        input_ids = self.data.read(set_ids, rows)
-        self.cursor += self._global_batch_size
+        if self.skips is not None and len(self.skips):
+            metrics["data/skipped_rows"] = share.num_skipped
         if len(self.data.parts) > 1:
-            metrics |= self.data.shares(self._order.counts(self.cursor))
+            metrics |= self.data.shares(self._rows.counts())
         return StreamBatch(
-            input_ids=input_ids,
+            input_ids=self.data.read(set_ids, rows),
             row_ids=torch.from_numpy(rows.copy()),
             set_ids=torch.from_numpy(set_ids),
-            skipped=torch.from_numpy(skipped),
-            cursor=self.cursor,
+            skipped=torch.from_numpy(share.skipped),
+            cursor=share.cursor,
             metrics=metrics,
             doc_lens=self.data.document_lens(set_ids, rows) if self._documents else None,
         )
@@ -153,16 +205,15 @@ def open_stream(
     else:
         token_set = path if isinstance(path, TokenSet) else TokenSet(path)
         data = TrainingData([DataPart(token_set.path.name, token_set, 1, None)])
-    return TokenStream(
-        data,
-        seed=seed,
+    rows = RowStream(
+        data.order(seed),
+        skips,
         global_batch_size=global_batch_size,
         rank=rank,
         world_size=world_size,
         cursor=cursor,
-        skips=skips,
-        documents=documents,
     )
+    return TokenStream(data, rows, documents=documents)
 
 
 def calibration_rows(total: int, num_blocks: int) -> list[int]:
