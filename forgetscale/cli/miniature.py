@@ -21,9 +21,11 @@ METHOD_NAMES = (
     "sft",
     "hft",
     "ssu/paper",
+    "ssu/paper+shield",
     "ssu/official",
     "ssu/mag_l1",
     "ssu/mag_l2",
+    "ssu/mag_l2+shield",
     "ssu/rand",
 )
 DEFAULT_METHODS = ("sft", "ssu/rand", "ssu/paper")
@@ -49,10 +51,14 @@ DS_CONFIG = {
 
 
 def method_section(name: str, calibration: Path) -> dict[str, Any]:
-    """Return the recipe's method section for a name such as ``ssu/paper``."""
-    kind, _, score = name.partition("/")
+    """Return the recipe's method section for a name such as ``ssu/paper`` or ``ssu/paper+shield``.
+
+    ``+shield`` also freezes the embedding and head rows of tokens the target text never uses.
+    """
+    kind, _, rule = name.partition("/")
     if kind != "ssu":
         return {"kind": kind}
+    score, _, shield = rule.partition("+")
     section: dict[str, Any] = {"kind": "ssu", "frozen_fraction": 0.5, "score": score}
     if score in DATA_SCORES:
         section["calibration"] = {
@@ -60,6 +66,8 @@ def method_section(name: str, calibration: Path) -> dict[str, Any]:
             "num_blocks": 500,
             "micro_batch_size": 4,
         }
+    if shield:
+        section["shield_rows"] = {"rule": "unused_in_target", "min_count": 1}
     return section
 
 

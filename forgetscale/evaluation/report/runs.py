@@ -92,9 +92,10 @@ def method_rank(method: str) -> int:
 
 
 def method_label(method: Mapping[str, Any]) -> str:
-    """Return ``kind`` or ``kind/score`` of the recipe's method section."""
+    """Return ``kind`` or ``kind/score`` of the recipe's method section, ``+shield`` with rows."""
     kind = str(method.get("kind", "sft"))
-    return f"{kind}/{method['score']}" if method.get("score") else kind
+    shield = "+shield" if method.get("shield_rows") else ""
+    return f"{kind}/{method['score']}{shield}" if method.get("score") else kind
 
 
 def read_run(path: Path) -> Run:
