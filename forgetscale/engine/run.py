@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from forgetscale.artifact import (
     wait_until_visible,
 )
 from forgetscale.checkpoint import CheckpointStore, RunState, export_model
-from forgetscale.config import Recipe, recipe_dict
+from forgetscale.config import FisherConfig, Recipe, recipe_dict
 from forgetscale.config.deepspeed import accumulation_steps, engine_config
 from forgetscale.data import (
     TokenSet,
@@ -252,7 +252,11 @@ def _check_plan_recipe(path: Path, plan: FreezePlan, recipe: Recipe) -> None:
     for name in PLAN_FIELDS:
         if name in section:
             expected[name] = section[name]
-    if section.get("score") == "rand" or section["kind"] == "hft":
+    fisher = section.get("fisher") or asdict(FisherConfig())
+    if section.get("score") == "fisher":
+        expected["fisher"] = fisher
+    drawn = section.get("score") == "rand" or section["kind"] == "hft"
+    if drawn or (section.get("score") == "fisher" and fisher["labels"] == "sampled"):
         expected["seed"] = recipe.run.seed
     for name, wanted in expected.items():
         if (made := plan.provenance.get(name)) != wanted:

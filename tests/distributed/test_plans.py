@@ -149,6 +149,22 @@ def test_statistics_count_real_tokens_once(statistics, exact, size: int):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_shared_input_is_seen_once(statistics, size: int):
+    """ZeRO-3 hands each module its own view of the input; ours must look before it does."""
+    for found in statistics[size]:
+        shared = {name: owner for name, owner in found["owner"].items() if name != owner}
+        assert shared == {
+            f"model.layers.{layer}.{name}": f"model.layers.{layer}.{owner}"
+            for layer in range(2)
+            for name, owner in (
+                ("self_attn.k_proj", "self_attn.q_proj"),
+                ("self_attn.v_proj", "self_attn.q_proj"),
+                ("mlp.up_proj", "mlp.gate_proj"),
+            )
+        }
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
 def test_weight_norms_from_slices(statistics, runs: Runs, size: int):
     source = runs.get("ssu", 1).source
     for found in statistics[size]:

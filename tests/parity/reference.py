@@ -118,6 +118,58 @@ def ssu_plan(folder: Path, rows: Tensor, score: str, fraction: float) -> dict[st
     return plan
 
 
+def fisher_scores(folder: Path, rows: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    """Return ``sum_i F_ij`` with whole fp64 gradients, one row at a time.
+
+    ``labels``: targets of positions 1.. of every row; the row itself where None.
+    """
+    model = DenseOlmo2(folder)
+    names = [name for name in model.weights if "embed_tokens" not in name and "lm_head" not in name]
+    fisher = {name: torch.zeros_like(model.weights[name]) for name in names}
+    for name in names:
+        model.weights[name].requires_grad_()
+    for number, row in enumerate(rows):
+        ids = row if labels is None else torch.cat([row[:1], labels[number]])
+        loss = mean_loss(model.logits(row[None]), ids[None])
+        grads = torch.autograd.grad(loss, [model.weights[name] for name in names])
+        for name, grad in zip(names, grads, strict=True):
+            fisher[name] += grad**2 / len(rows)
+    return {name: value.reshape(-1, value.shape[-1]).sum(0) for name, value in fisher.items()}
+
+
+def sgpt_scores(folder: Path, rows: Tensor, published: bool) -> dict[str, Tensor]:
+    """Return SparseGPT's saliency summed per column, or the published average of squares alone.
+
+    Saliency as in its paper and code: damp, invert, factorise the inverse from the left.
+    """
+    model = DenseOlmo2(folder)
+    hessians: dict[str, Tensor] = {}
+    recent: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for row in rows:
+            model.logits(row[None])
+            for name, x in model.inputs.items():
+                x = x[0]
+                hessians[name] = hessians.get(name, 0) + x.T @ x
+                new = x.pow(2).mean(0)
+                recent[name] = (recent[name] + new) / 2 if name in recent else new
+    found = {}
+    for name, weight in model.weights.items():
+        module = name.removesuffix(".weight")
+        if module not in hessians:
+            continue
+        if published:
+            average = recent[module]
+            found[name] = average if weight.dim() == 2 else weight.abs() * (1 + average)
+            continue
+        hessian = hessians[module] if weight.dim() == 2 else hessians[module].diag().diag()
+        damped = hessian + 0.01 * hessian.diag().mean() * torch.eye(len(hessian)).to(hessian)
+        factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+        matrix = weight if weight.dim() == 2 else weight[None]
+        found[name] = (matrix**2 / factor.diag() ** 2).sum(0)
+    return found
+
+
 @dataclass
 class Settings:
     """Training settings, as in the recipe."""

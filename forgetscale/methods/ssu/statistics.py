@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from forgetscale.api import Batch, Calibration
 from forgetscale.errors import ConfigError, DataError
@@ -23,7 +24,7 @@ class Observer(Protocol):
         """Say which rows of the coming forward pass are real."""
 
     def close(self) -> None:
-        """Remove the hooks and forget the last activation."""
+        """Remove the hooks."""
 
 
 def run_pass(
@@ -64,7 +65,8 @@ class _InputObserver:
         """Module name -> first module that reads the same tensor."""
         self.widths: dict[str, int] = {}
         self.batch: Batch | None = None
-        self._last: tuple[Tensor, str] | None = None
+        # Weak: looking must not keep an activation alive.
+        self._seen = WeakTensorKeyDictionary()
         self._handles = [
             module.register_forward_pre_hook(self._hook(name), prepend=True)
             for name, module in modules.items()
@@ -73,7 +75,7 @@ class _InputObserver:
     def start(self, batch: Batch) -> None:
         """Say which rows of the coming forward pass are real."""
         self.batch = batch
-        self._last = None
+        self._seen.clear()
 
     def observe(self, name: str, x: Tensor, batch: Batch) -> None:
         """Take in the input ``[B, ..., I]`` of one module, shared by those it owns."""
@@ -84,8 +86,8 @@ class _InputObserver:
             x, batch = inputs[0], self.batch
             assert isinstance(x, Tensor) and batch is not None
             self.widths[name] = x.shape[-1]
-            if self._last is not None and self._last[0] is x:
-                self.owner[name] = self._last[1]
+            if x in self._seen:
+                self.owner[name] = self._seen[x]
                 return
             if x.shape[0] != batch.weight.shape[0]:
                 raise DataError(
@@ -93,17 +95,17 @@ class _InputObserver:
                     f" row ({batch.weight.shape[0]}) first; this layer cannot be scored by"
                     " activations (use score mag_l1 or rand)."
                 )
-            self._last = (x, name)
-            self.owner[name] = name
+            self._seen[x] = self.owner[name] = name
             self.observe(name, x.detach(), batch)
 
         return look
 
     def close(self) -> None:
-        """Remove the hooks and forget the last activation."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
-        self._last = self.batch = None
+        self._seen.clear()
+        self.batch = None
 
     def check(self, widths: Mapping[str, int]) -> None:
         """Check that every module ran, with the input width of its parameter.

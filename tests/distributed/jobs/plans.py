@@ -11,6 +11,7 @@ from forgetscale.engine.metrics import RunLog
 from forgetscale.engine.run import calibration_for, make_plan, open_source
 from forgetscale.methods import METHODS
 from forgetscale.methods.ssu.scores import column_scores_of, input_statistics, weight_norms
+from forgetscale.methods.ssu.statistics import InputStatistics, run_pass
 from forgetscale.methods.ssu.targets import find_targets
 from tests.distributed.jobs.shards import world
 
@@ -51,10 +52,19 @@ def statistics(recipe: dict) -> dict[str, Any]:
             **input_statistics(calibration, targets, parsed.method),
             "weight_l1": weight_norms(calibration, targets, 1),
             "weight_l2": weight_norms(calibration, targets, 2),
+            "owner": _owners(calibration, targets),
             "passes": sum(1 for _ in calibration.batches()),
         }
     finally:
         calibration.close()
+
+
+def _owners(calibration: Any, targets: list) -> dict[str, str]:
+    live = calibration.named_modules()
+    modules = {target.module: live[target.module] for target in targets}
+    statistics = InputStatistics(modules, calibration.num_blocks)
+    run_pass(calibration, [statistics])
+    return statistics.owner
 
 
 def scores(recipes: dict[str, dict]) -> dict[str, Any]:

@@ -83,6 +83,10 @@ class TestMistakes:
             ("method.frozen_fraction", 1.5, "method: frozen_fraction must lie in [0, 1], got 1.5."),
             ("method.frozen_fraction", float("nan"), "frozen_fraction must lie in [0, 1], got nan"),
             ("method.score", "paper", "score paper needs source data: set calibration.path, or"),
+            ("method.score", "fisher", "score fisher needs source data: set calibration.path, or"),
+            ("method.score", "sgpt_true", "score sgpt_true needs source data"),
+            ("method.fisher", {"labels": "data"}, "fisher is for score fisher, but score is"),
+            ("method.fisher.labels", "true", "method.fisher.labels is 'true', expected one of da"),
             ("method.shield_token_ids", [4, -2], "shield_token_ids must be >= 0, got -2"),
             (
                 "method.shield_rows",

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forgetscale.ops.importance import column_scores, num_frozen, select_frozen
+from forgetscale.ops.importance import (
+    MATRIX_RULES,
+    VECTOR_RULES,
+    column_scores,
+    conditional_curvature,
+    num_frozen,
+    recent_block_weights,
+    select_frozen,
+)
 
 FIGURE_WEIGHT = torch.tensor([[0.0, 2, 7, 3, 4], [5, 1, 9, 8, 1], [1, 3, 2, 0, 6]])
 FIGURE_NORM = torch.tensor([8.0, 5, 10, 7, 2])
@@ -190,3 +198,69 @@ class TestColumnScores:
         norm[1] = float("inf")
         with pytest.raises(ValueError, match="not finite"):
             column_scores(RULES_WEIGHT, norm, "paper")
+
+
+def literal_saliency(weight: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """SparseGPT as its code has it: damp, invert, factorise the inverse; per weight."""
+    hessian = inputs.T @ inputs
+    hessian += 0.01 * hessian.diag().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    return weight**2 / factor.diag() ** 2
+
+
+class TestSparseGpt:
+    @pytest.mark.parametrize("tokens", [1, 5, 40])
+    def test_one_factorisation_equals_invert_and_factorise(self, tokens: int):
+        generator = torch.Generator().manual_seed(tokens)
+        inputs = torch.randn(tokens, 9, generator=generator).double()
+        weight = torch.randn(4, 9, generator=generator).double()
+        hessian = inputs.T @ inputs
+        before = hessian.clone()
+        curvature = conditional_curvature(hessian)
+        assert torch.equal(hessian, before)
+        scores = column_scores(weight, curvature, "sgpt_true")
+        exact = literal_saliency(weight, inputs).sum(0)
+        assert torch.allclose(scores.double(), exact, rtol=1e-6)
+
+    def test_orthogonal_inputs_give_the_damped_diagonal(self):
+        hessian = torch.tensor([1.0, 4.0, 7.0]).double().diag()
+        expected = torch.tensor([1.04, 4.04, 7.04], dtype=torch.float64)
+        assert torch.allclose(conditional_curvature(hessian), expected, rtol=1e-12)
+
+    def test_a_feature_that_later_ones_repeat_is_worth_little(self):
+        column = torch.randn(50, 1, generator=torch.Generator().manual_seed(1)).double()
+        inputs = torch.cat([column, column], 1)
+        first, last = conditional_curvature(inputs.T @ inputs).tolist()
+        assert first < 0.03 * last
+
+    def test_dead_inputs_are_an_error(self):
+        with pytest.raises(ValueError, match="singular"):
+            conditional_curvature(torch.zeros(3, 3, dtype=torch.float64))
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_not_finite(self, value: float):
+        hessian = torch.eye(3, dtype=torch.float64)
+        hessian[0, 1] = value
+        with pytest.raises(ValueError, match="not finite"):
+            conditional_curvature(hessian)
+
+
+class TestRecentAverage:
+    def test_worked_number(self):
+        weights = recent_block_weights(torch.arange(4), 4)
+        assert weights.tolist() == [0.125, 0.125, 0.25, 0.5]
+        assert float(weights @ torch.tensor([1.0, 2, 4, 8]).double()) == 5.375
+
+    @pytest.mark.parametrize("count", [1, 2, 30, 500, 3000])
+    def test_equals_the_running_average(self, count: int):
+        values = torch.rand(count, generator=torch.Generator().manual_seed(1)).double()
+        average = float(values[0])
+        for value in values[1:].tolist():
+            average = (average + value) / 2
+        weights = recent_block_weights(torch.arange(count), count)
+        assert float(weights.sum()) == pytest.approx(1.0, rel=1e-14)
+        assert float(weights @ values) == pytest.approx(average, rel=1e-12)
+
+
+def test_every_rule_has_a_score_for_vectors():
+    assert set(VECTOR_RULES) == set(MATRIX_RULES)

@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from forgetscale.ops import IGNORE_INDEX
-from forgetscale.ops.losses import chunked_loss, cross_entropy, token_scores
+from forgetscale.ops.losses import (
+    chunked_loss,
+    cross_entropy,
+    sample_labels,
+    sampled_cross_entropy,
+    token_scores,
+)
 
 N, D, V = 37, 12, 53
 
@@ -166,3 +172,38 @@ def test_token_scores():
     assert torch.allclose(nll.double(), expected, atol=1e-5)
     assert torch.equal(best, logits.argmax(1) == labels)
     assert not nll.requires_grad
+
+
+class TestSampledLabels:
+    def test_inverse_of_the_cumulative_distribution(self):
+        logits = torch.tensor([0.2, 0.3, 0.5]).log().expand(6, 3)
+        numbers = torch.tensor([0.0, 0.19, 0.21, 0.49, 0.51, 0.999], dtype=torch.float64)
+        assert sample_labels(logits, numbers).tolist() == [0, 0, 1, 1, 2, 2]
+
+    def test_what_is_impossible_is_never_drawn(self):
+        logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, 5)
+        numbers = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+        assert sample_labels(logits, numbers).tolist() == [1, 3, 3]
+
+    def test_frequencies(self):
+        generator = torch.Generator().manual_seed(2)
+        logits = 2 * torch.randn(1, 7, generator=generator)
+        numbers = torch.rand(20_000, generator=generator, dtype=torch.float64)
+        drawn = sample_labels(logits.expand(20_000, 7), numbers)
+        share = torch.bincount(drawn, minlength=7) / 20_000
+        # Standard deviation of a share is at most 0.0036.
+        assert (share - logits[0].softmax(0)).abs().max() < 0.015
+
+    @pytest.mark.parametrize("chunk_size", [1, 7, 100])
+    def test_loss_finds_its_numbers_in_any_chunk(self, chunk_size: int):
+        generator = torch.Generator().manual_seed(3)
+        hidden, weight = (torch.randn(n, 5, generator=generator) for n in (150, 9))
+        numbers = torch.rand(200, generator=generator, dtype=torch.float64)
+        places = torch.randperm(200, generator=generator)[:150]
+        places[3] = -100
+        logits = hidden @ weight.t()
+        drawn = sample_labels(logits, numbers[places.clamp_min(0)])
+        drawn[3] = -100
+        loss = sampled_cross_entropy(numbers)
+        found = chunked_loss(hidden, weight, places, loss, chunk_size=chunk_size)
+        assert torch.allclose(found, cross_entropy(logits, drawn), rtol=1e-5)
