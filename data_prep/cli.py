@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep import inspect
 from forgetscale.errors import ForgetScaleError
 
 _BUILD_EXAMPLES = """examples:
@@ -38,10 +39,6 @@ _VERIFY_EXAMPLES = """examples:
 
 Checks every byte and names file, record batch and rows of each damage.
 Exit codes: 0 intact; 2 damaged or no token set."""
-
-_INSPECT_EXAMPLES = """examples:
-  python -m data_prep inspect data/am-512 --row 0
-  python -m data_prep inspect data/am-512 --row 41 --tokenizer models/OLMo-2-1124-7B-Instruct"""
 
 _STATS_EXAMPLES = """examples:
   python -m data_prep stats data/am-512
@@ -200,19 +197,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_build(commands)
     verify = _add_command(commands, "verify", "check every byte of a token set", _VERIFY_EXAMPLES)
     verify.set_defaults(run=_run_verify)
-    inspect = _add_command(commands, "inspect", "show the documents of one row", _INSPECT_EXAMPLES)
-    inspect.add_argument("--row", type=int, required=True, metavar="N", help="first row = 0")
-    inspect.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="DIR",
-        help="decode with this tokenizer (default: the folder it was built with)",
-    )
-    inspect.set_defaults(run=_run_inspect)
+    look = _add_command(commands, "inspect", "show documents of a row or step", inspect.EXAMPLES)
+    inspect.add_arguments(look)
     stats = _add_command(commands, "stats", "print counts of a token set", _STATS_EXAMPLES)
     stats.add_argument("--json", action="store_true", help="print JSON")
     stats.set_defaults(run=_run_stats)
-    for command in (verify, inspect, stats):
+    for command in (verify, stats):
         command.add_argument("directory", type=Path, metavar="DIR", help="token set folder")
     return parser
 
@@ -239,25 +229,19 @@ def _run_build(args: argparse.Namespace) -> int:
 
 
 def _run_verify(args: argparse.Namespace) -> int:
-    from forgetscale.data import TokenSet
+    from forgetscale.data import TokenSet, find_damages
 
-    token_set = TokenSet(args.directory)
-    damages = list(token_set.damages())
-    for sentence in damages:
+    is_damaged = False
+    for sentence in find_damages(args.directory):
         print(f"error: {sentence}", file=sys.stderr)
-    if damages:
+        is_damaged = True
+    if is_damaged:
         return 2
+    token_set = TokenSet(args.directory)
     print(
         f"{args.directory}: intact; {token_set.num_rows:,} rows in"
         f" {len(token_set.payload['shards'])} shard(s), content hash {token_set.content_hash}."
     )
-    return 0
-
-
-def _run_inspect(args: argparse.Namespace) -> int:
-    from data_prep.reports import describe_row
-
-    print(describe_row(args.directory, args.row, args.tokenizer))
     return 0
 
 

@@ -12,42 +12,62 @@ from forgetscale.data import TokenSet, require_same_tokenizer
 from forgetscale.errors import ConfigError, DataError
 
 
-def describe_row(directory: Path, row: int, tokenizer_dir: Path | None) -> str:
-    """Return the documents of a row as text: file, line, tokens, decoded piece.
+class RowReader:
+    """Rows of a token set as people read them.
 
     Args:
-        directory: Token set.
-        row: Row number, first = 0.
+        token_set: The set.
         tokenizer_dir: Tokenizer to decode with; None: the one the set was built with.
 
     Raises:
-        ConfigError: There is no such row.
-        DataError: The set is damaged there, or the tokenizer is gone or another one.
+        ConfigError: The set does not say which tokenizer made it.
+        DataError: The tokenizer is gone or another one.
     """
-    token_set = TokenSet(directory)
-    if not 0 <= row < token_set.num_rows:
-        raise ConfigError(
-            f"{directory} has rows 0 to {token_set.num_rows - 1}, --row asks for {row}."
-        )
-    folder = tokenizer_dir or token_set.payload.get("tokenizer_path")
-    if folder is None:
-        raise ConfigError(f"{directory} does not say which tokenizer made it; pass --tokenizer.")
-    if not Path(folder).is_dir():
-        raise DataError(f"tokenizer folder {folder} is gone; pass its new place with --tokenizer.")
-    require_same_tokenizer(token_set, Path(folder))
-    tokenizer = load_tokenizer(Path(folder))
-    ids = token_set.read([row])[0]
-    lines = [f"row {row} of {directory}: {token_set.block_size} tokens"]
-    start = 0
-    for number, piece in enumerate(token_set.document_pieces(row), start=1):
-        text = tokenizer.decode(ids[start : start + piece.num_tokens].tolist())
-        lines.append(
-            f"\n[{number}] {piece.file} line {piece.line}, tokens {start} to"
-            f" {start + piece.num_tokens - 1}"
-        )
-        lines.append(text)
-        start += piece.num_tokens
-    return "\n".join(lines)
+
+    def __init__(self, token_set: TokenSet, tokenizer_dir: Path | None) -> None:
+        folder = tokenizer_dir or token_set.payload.get("tokenizer_path")
+        if folder is None:
+            raise ConfigError(
+                f"{token_set.path} does not say which tokenizer made it; pass --tokenizer."
+            )
+        if not Path(folder).is_dir():
+            raise DataError(
+                f"tokenizer folder {folder} is gone; pass its new place with --tokenizer."
+            )
+        require_same_tokenizer(token_set, Path(folder))
+        self._token_set = token_set
+        self._tokenizer = load_tokenizer(Path(folder))
+
+    def describe(self, row: int, note: str = "") -> str:
+        """Return the documents of a row as text: file, line, tokens, decoded piece.
+
+        Args:
+            row: Row number, first = 0.
+            note: Added to the first line.
+
+        Raises:
+            ConfigError: There is no such row.
+            DataError: The set is damaged there.
+        """
+        token_set = self._token_set
+        if not 0 <= row < token_set.num_rows:
+            raise ConfigError(
+                f"{token_set.path} has rows 0 to {token_set.num_rows - 1}, --row asks for {row}."
+            )
+        ids = token_set.read([row])[0]
+        lines = [f"row {row} of {token_set.path}: {token_set.block_size} tokens{note}"]
+        start = 0
+        for number, piece in enumerate(token_set.document_pieces(row), start=1):
+            text = self._tokenizer.decode(ids[start : start + piece.num_tokens].tolist())
+            lines.append(
+                f"\n[{number}] {piece.file} line {piece.line}, tokens {start} to"
+                f" {start + piece.num_tokens - 1}"
+            )
+            lines.append(text)
+            start += piece.num_tokens
+        if start < token_set.block_size:
+            lines.append(f"\npadding, tokens {start} to {token_set.block_size - 1}")
+        return "\n".join(lines)
 
 
 def collect_stats(directory: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from forgetscale.data.best_fit import BestFitPacker, best_fit_rows
 from forgetscale.data.format import content_hash, pack_doc_id, unpack_doc_id
 from forgetscale.data.packing import ConcatPacker, Packer, cut_rows
+from forgetscale.data.shard import find_damages
 from forgetscale.data.skip_list import (
     SKIP_LIST_FILE,
     SkipList,
@@ -41,6 +42,7 @@ __all__ = [
     "calibration_rows",
     "content_hash",
     "cut_rows",
+    "find_damages",
     "data_difference",
     "open_data",
     "open_stream",

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-import xxhash
 from jaxtyping import Int64
 from torch import Tensor
 
-from forgetscale.artifact import hash_file, read_manifest, verify_artifact
-from forgetscale.data.format import KIND, ShardInfo, content_hash, schema, unpack_doc_id
+from forgetscale.artifact import read_manifest
+from forgetscale.data.format import KIND, ShardInfo, content_hash, unpack_doc_id
+from forgetscale.data.shard import Shard, find_damages, shard_first_rows
 from forgetscale.errors import DataError
 
 
@@ -29,81 +27,6 @@ class DocumentPiece:
     file: str
     line: int
     num_tokens: int
-
-
-class _Shard:
-    """One mapped shard file."""
-
-    def __init__(self, path: Path, info: ShardInfo, block_size: int, dtype: np.dtype[Any]) -> None:
-        self.path = path
-        self.info = info
-        size = path.stat().st_size if path.is_file() else None
-        if size != info.size:
-            found = "is missing" if size is None else f"has {size} bytes, expected {info.size}"
-            raise DataError(f"{path} {found}; copy the token set again or build it again.")
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._bytes = memoryview(self._map)
-        items = np.frombuffer(self._map, dtype=dtype, count=size // dtype.itemsize)
-        self.windows = np.lib.stride_tricks.as_strided(
-            items,
-            shape=(len(items) - block_size + 1, block_size),
-            strides=(dtype.itemsize, dtype.itemsize),
-            writeable=False,
-        )
-        self._schema = schema(block_size, dtype)
-        self._itemsize = dtype.itemsize
-
-    @cached_property
-    def reader(self) -> pa.RecordBatchFileReader:
-        """Arrow reader, made once the footer is known to be good."""
-        if (damage := self.frame_damage()) is not None:
-            raise DataError(damage)
-        try:
-            reader = pa.ipc.open_file(pa.py_buffer(self._map))
-        except pa.ArrowException as error:
-            raise DataError(f"{self.path} is not an Arrow IPC file ({error}).") from error
-        if reader.num_record_batches != len(self.info.batches) or reader.schema != self._schema:
-            raise DataError(
-                f"{self.path} has {reader.num_record_batches} record batches of"
-                f" {reader.schema.names}, the manifest says {len(self.info.batches)} of"
-                f" {self._schema.names}; build the token set again."
-            )
-        return reader
-
-    def frame_damage(self) -> str | None:
-        """Return a sentence if what stands outside record batches changed, else None."""
-        batches = self.info.batches
-        end = batches[-1].offset + batches[-1].size
-        frame = xxhash.xxh3_64(self._bytes[: batches[0].offset])
-        frame.update(self._bytes[end:])
-        if frame.hexdigest() == self.info.frame_xxh3:
-            return None
-        return (
-            f"{self.path} is damaged in its footer (xxh3 differs from the manifest);"
-            " copy the token set again or build it again."
-        )
-
-    def batch_damage(self, index: int, first_row: int) -> str | None:
-        """Return a sentence if record batch ``index`` changed, else None."""
-        info = self.info.batches[index]
-        found = xxhash.xxh3_64_hexdigest(self._bytes[info.offset : info.offset + info.size])
-        if found == info.xxh3:
-            return None
-        return (
-            f"{self.path} is damaged in record batch {index}, rows {first_row} to"
-            f" {first_row + info.num_rows - 1} of the set (xxh3 {found}, expected {info.xxh3});"
-            " copy the token set again or build it again."
-        )
-
-    def ids_start(self, index: int) -> int:
-        """Return where the ids of record batch ``index`` begin, in items from the file start."""
-        values = self.reader.get_batch(index).column(0).values
-        address = values.buffers()[1].address + values.offset * self._itemsize
-        offset: int = address - pa.py_buffer(self._map).address
-        if not 0 <= offset < len(self._bytes) or offset % self._itemsize:
-            raise DataError(f"{self.path} holds record batch {index} compressed or out of line.")
-        return offset // self._itemsize
 
 
 class TokenSet:
@@ -134,7 +57,8 @@ class TokenSet:
         self.dtype = np.dtype(self.payload["dtype"])
         infos = [ShardInfo.from_json(entry) for entry in self.payload["shards"]]
         self._shards = [
-            _Shard(self.path / info.file, info, self.block_size, self.dtype) for info in infos
+            Shard(self.path / info.file, info, first, self.block_size, self.dtype)
+            for info, first in zip(infos, shard_first_rows(infos), strict=True)
         ]
         counts = [batch.num_rows for info in infos for batch in info.batches]
         self._batch_first_row = np.concatenate([[0], np.cumsum(counts[:-1])]).astype(np.int64)
@@ -256,47 +180,8 @@ class TokenSet:
         return np.concatenate(found).astype(np.int64)
 
     def damages(self) -> Iterator[str]:
-        """Check every byte and yield one sentence for each damaged place.
-
-        Record batches are checked against their xxh3, shards against SHA-256, other files too;
-        then that ids are inside the vocabulary and document lengths sum to the row length.
-        """
-        for number, shard in enumerate(self._shards):
-            first_batch = int(self._shard_first_batch[number])
-            found = [shard.frame_damage()]
-            for index in range(len(shard.info.batches)):
-                first_row = int(self._batch_first_row[first_batch + index])
-                damage = shard.batch_damage(index, first_row)
-                found.append(damage or self._content_damage(shard, index, first_row))
-            yield from (sentence for sentence in found if sentence is not None)
-            if not any(found) and hash_file(shard.path) != shard.info.sha256:
-                yield f"{shard.path} has other content than when it was written (SHA-256 differs)."
-        shards = {shard.info.file for shard in self._shards}
-        for name in self.manifest["files"]:
-            if name not in shards:
-                try:
-                    verify_artifact(self.path, KIND, only=[name])
-                except DataError as error:
-                    yield str(error)
-
-    def _content_damage(self, shard: _Shard, index: int, first_row: int) -> str | None:
-        """Return a sentence if an intact record batch breaks the rules of the format."""
-        if shard.frame_damage() is not None:
-            return None
-        batch = shard.reader.get_batch(index)
-        ids = batch.column(0).values.to_numpy()
-        sums = np.add.reduceat(
-            batch.column(1).flatten().to_numpy().astype(np.int64),
-            batch.column(1).offsets.to_numpy()[:-1],
-        )
-        fills = sums <= self.block_size if self.num_padding_tokens else sums == self.block_size
-        if int(ids.max()) < self.vocab_size and bool(fills.all()):
-            return None
-        return (
-            f"{shard.path} holds ids outside the vocabulary of {self.vocab_size} or document"
-            f" lengths that do not fill {self.block_size} tokens in record batch {index}, rows"
-            f" {first_row} to {first_row + batch.num_rows - 1}; build the token set again."
-        )
+        """Check every byte; see ``find_damages``."""
+        return find_damages(self.path)
 
     def _record_batch(self, batch: int) -> pa.RecordBatch:
         number = int(self._batch_shard[batch])
@@ -307,7 +192,7 @@ class TokenSet:
         number = int(self._batch_shard[batch])
         shard = self._shards[number]
         index = batch - int(self._shard_first_batch[number])
-        damage = shard.batch_damage(index, int(self._batch_first_row[batch]))
+        damage = shard.batch_damage(index)
         if damage is not None:
             raise DataError(damage)
         self._ids_start[batch] = shard.ids_start(index)
