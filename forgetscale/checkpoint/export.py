@@ -22,7 +22,7 @@ from forgetscale.artifact import (
 )
 from forgetscale.errors import CheckpointError, DataError, ForgetScaleError
 from forgetscale.models.weights import INDEX_FILE, SINGLE_FILE
-from forgetscale.zero3 import Slice, World, ZeroEngine
+from forgetscale.zero3 import Matrix, World, ZeroEngine
 
 KIND = "model_export"
 MAX_FILE_BYTES = 2_000_000_000
@@ -31,17 +31,16 @@ _SKIPPED_NAMES = {INDEX_FILE, "manifest.json", "pytorch_model.bin.index.json"}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def plan_files(slices: list[Slice], max_bytes: int) -> list[list[Slice]]:
+def plan_files(matrices: list[Matrix], max_bytes: int) -> list[list[Matrix]]:
     """Cut the parameters into files of at most ``max_bytes`` (a larger tensor stands alone)."""
-    files: list[list[Slice]] = [[]]
+    files: list[list[Matrix]] = [[]]
     used = 0
-    for item in slices:
-        size = int(item.param.ds_numel) * item.working.element_size()
-        if files[-1] and used + size > max_bytes:
+    for matrix in matrices:
+        if files[-1] and used + matrix.num_bytes > max_bytes:
             files.append([])
             used = 0
-        files[-1].append(item)
-        used += size
+        files[-1].append(matrix)
+        used += matrix.num_bytes
     return files
 
 
@@ -144,11 +143,11 @@ def _step(world: World, directory: Path, work: Any) -> None:
 def _write_weights(
     engine: ZeroEngine, temporary: Path, directory: Path, world: World, max_bytes: int
 ) -> dict[str, str]:
-    files = plan_files(engine.shards.slices, max_bytes)
+    files = plan_files(engine.matrices(), max_bytes)
     index: dict[str, str] = {}
     hashes: dict[str, str] = {}
     total = 0
-    for number, items in enumerate(files):
+    for number, matrices in enumerate(files):
         name = (
             SINGLE_FILE
             if len(files) == 1
@@ -156,12 +155,12 @@ def _write_weights(
         )
         writer = number % world.size
         tensors: dict[str, Tensor] = {}
-        for item in items:
-            whole = engine.gather_working(item, writer)
-            index[item.name] = name
-            total += int(item.param.ds_numel) * item.working.element_size()
+        for matrix in matrices:
+            whole = engine.gather_working(matrix, writer)
+            index[matrix.name] = name
+            total += matrix.num_bytes
             if whole is not None:
-                tensors[item.name] = whole.cpu().contiguous()
+                tensors[matrix.name] = whole.cpu().contiguous()
 
         def write(tensors: dict[str, Tensor] = tensors, path: Path = temporary / name) -> None:
             if tensors:

@@ -1,10 +1,10 @@
-"""Checkpoints around DeepSpeed's files: published whole, hashed, verified before use.
+"""Checkpoints: published whole, hashed, verified before use.
 
 Saving: agree on free space; every rank writes below a temporary name; every file is hashed and
 flushed by some rank; rank 0 writes the manifest and renames the folder; ``latest`` is a hint.
 Old checkpoints go only after the new one is in place. Loading: the newest folder whose manifest and
 hashes are right, the same on all ranks; a bad one is renamed to ``.bad`` and the one before is
-tried. DeepSpeed's files are pickles, so nothing is unpickled before its hash was checked.
+tried. Masters and moments are in ``forgetscale.checkpoint.states``'s own files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from forgetscale.artifact import (
     verify_artifact,
     write_json,
 )
+from forgetscale.checkpoint.states import load_states, save_states
 from forgetscale.errors import CheckpointError, DataError, ForgetScaleError
+from forgetscale.masks import FreezePlan
 from forgetscale.zero3 import World, ZeroEngine
 
 KIND = "checkpoint"
@@ -42,7 +44,7 @@ SPACE_FACTOR = 1.2
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """Where a run stands; together with DeepSpeed's files it is all that resume needs."""
+    """Where a run stands; together with the ranks' states it is all that resume needs."""
 
     step: int
     """Optimizer steps done."""
@@ -197,7 +199,7 @@ class CheckpointStore:
     def _write(
         self, folder: Path, engine: ZeroEngine, method_state: Mapping[str, Any]
     ) -> list[Path]:
-        files = engine.save_files(folder)
+        files = [save_states(folder, engine)]
         (folder / "rng").mkdir(exist_ok=True)
         rng = folder / "rng" / f"rank-{self._world.rank:05d}.json"
         rng.write_text(json.dumps(_rng_state()), encoding="utf-8")
@@ -292,23 +294,26 @@ class CheckpointStore:
         aside = path.with_name(f"{path.name}.bad-{secrets.token_hex(4)}")
         self._on_main(lambda: str(path.rename(aside)))
 
-    def load(self, state: RunState, engine: ZeroEngine) -> dict[str, Any]:
+    def load(self, state: RunState, engine: ZeroEngine, plan: FreezePlan | None) -> dict[str, Any]:
         """Load a verified checkpoint into the engine; return the method's state.
 
-        Collective: every rank must call it.
+        The number of ranks and the layout of the plan may differ from those that wrote it.
+
+        Args:
+            state: From ``find``.
+            engine: The model, holding the source model's weights.
+            plan: Freeze plan in names of the source model.
 
         Raises:
-            CheckpointError: It was written by another number of ranks.
+            CheckpointError: The files do not fit the model or the plan.
+
+        Collective: every rank must call it.
         """
-        if state.world_size != self._world.size:
-            raise CheckpointError(
-                f"{self.path(state.step)} was written by {state.world_size} ranks, this run has"
-                f" {self._world.size}; start it with {state.world_size} ranks."
-            )
         path = self.path(state.step)
-        engine.load_files(path)
+        load_states(path, state.world_size, engine, plan)
         rng = path / "rng" / f"rank-{self._world.rank:05d}.json"
-        _set_rng_state(json.loads(rng.read_text(encoding="utf-8")))
+        if rng.is_file():  # a rank that was not there before keeps the state it started with
+            _set_rng_state(json.loads(rng.read_text(encoding="utf-8")))
         found = torch.load(path / METHOD_FILE, weights_only=True)
         assert isinstance(found, dict)
         return found

@@ -97,8 +97,9 @@ class SsuMethodConfig:
     """What is frozen in a matrix: input columns, output rows, or single weights (as bits)."""
     scope: Literal["tensor", "global"] = "tensor"
     """Elements are ranked in each matrix alone, or over all matrices; ``axis: element`` only."""
-    layout: Literal["masked"] = "masked"
-    """``masked`` keeps whole tensors trainable and zeroes gradients of frozen elements."""
+    layout: Literal["compact", "masked"] = "compact"
+    """``compact`` cuts matrices: no gradient, moments or weight-gradient matmul for what is frozen.
+    ``masked`` keeps them whole and zeroes gradients of frozen elements. Same numbers."""
     vectors: Literal["elementwise", "train", "freeze"] = "elementwise"
     """1-D tensors of the decoder body: score each element, train all, or freeze all."""
     shield_token_ids: tuple[int, ...] = ()

@@ -11,7 +11,7 @@ from torch import Tensor
 from forgetscale.errors import AuditError
 from forgetscale.masks import FreezePlan
 from forgetscale.models import SafetensorsFolder
-from forgetscale.zero3 import World, ZeroShards
+from forgetscale.zero3 import World, ZeroEngine
 
 
 def _digest(values: Tensor) -> str:
@@ -25,13 +25,13 @@ class FreezeAudit:
     damaged or foreign checkpoint is noticed as well.
 
     Args:
-        shards: Slices of the model.
-        world: This process among all.
+        engine: The model.
     """
 
-    def __init__(self, shards: ZeroShards, world: World) -> None:
-        self._shards = shards
-        self._world = world
+    def __init__(self, engine: ZeroEngine) -> None:
+        self._shards = shards = engine.shards
+        self._world = engine.world
+        self._matrix_of = engine.layout.matrix_of
         self._expected = {
             item.name: (
                 _digest(shards.masks[item.name].frozen_elements(item.working)),
@@ -48,9 +48,9 @@ class FreezeAudit:
             mask = self._shards.masks[item.name]
             working, master = self._expected[item.name]
             if _digest(mask.frozen_elements(item.working)) != working:
-                return f"{item.name} (working copy)"
+                return f"{self._matrix_of(item.name)} (working copy)"
             if _digest(mask.frozen_elements(self._shards.master(item)).float()) != master:
-                return f"{item.name} (fp32 master)"
+                return f"{self._matrix_of(item.name)} (fp32 master)"
         return None
 
     def check(self, step: int) -> None:

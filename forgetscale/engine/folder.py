@@ -18,6 +18,7 @@ _MAY_CHANGE = (
     "run.name",
     "run.output_dir",
     "data.skip_rows",
+    "method.layout",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",
     "train.audit_every_steps",

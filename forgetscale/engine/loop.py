@@ -219,7 +219,7 @@ def _agree_finite(
     """Return the mean loss and whether to stop, or raise on all ranks if a number is not finite."""
     bad = None if bool(torch.isfinite(loss_sum)) else "the loss"
     if bad is None and (name := job.engine.shards.non_finite()) is not None:
-        bad = f"the gradient of {name}"
+        bad = f"the gradient of {job.engine.layout.matrix_of(name)}"
     mine = torch.stack(
         [loss_sum.double().cpu(), torch.tensor(float(bad is not None)).double()]
         + [torch.tensor(float(job.stop.requested)).double()]

@@ -41,7 +41,7 @@ from forgetscale.engine.loop import Evaluate, Training, train_loop
 from forgetscale.engine.metrics import MetricsLog, RunLog
 from forgetscale.engine.stop import StopRequest
 from forgetscale.errors import AuditError, CheckpointError, ConfigError
-from forgetscale.masks import FreezePlan, load_plan, save_plan
+from forgetscale.masks import CompactLayout, FreezePlan, load_plan, save_plan
 from forgetscale.models import (
     CausalLMWithLoss,
     SafetensorsFolder,
@@ -50,6 +50,8 @@ from forgetscale.models import (
     check_document_mask,
     check_head,
     construct,
+    layout_for,
+    make_compact,
     parameter_shapes,
     read_model_config,
     restore_buffers,
@@ -105,6 +107,15 @@ def open_source(recipe: Recipe, world: World) -> SourceModel:
     return SourceModel(folder, config, skeleton, shapes, hash_bytes(canonical_json(digests)))
 
 
+def plan_layout(recipe: Recipe, skeleton: Any, plan: FreezePlan | None) -> CompactLayout | None:
+    """Return how the plan is stored: cut matrices, or masks alone; None without a plan."""
+    if plan is None:
+        return None
+    if getattr(recipe.method, "layout", "masked") == "compact":
+        return layout_for(plan, skeleton)
+    return CompactLayout({}, plan)
+
+
 def start_engine(
     recipe: Recipe,
     world: World,
@@ -119,11 +130,22 @@ def start_engine(
     """
     config = engine_config(recipe, world.size)
     dtype = DTYPES[recipe.model.dtype]
-    model: Any = construct_partitioned(lambda: construct(source.config), config, dtype)
+    layout = plan_layout(recipe, source.skeleton, plan)
+
+    def build() -> Any:
+        model = construct(source.config)
+        if layout is not None:
+            make_compact(model, layout)
+        return model
+
+    model: Any = construct_partitioned(build, config, dtype)
     if recipe.model.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def read(name: str, start: int, length: int, kind: torch.dtype) -> Tensor:
+        if layout is not None and name in layout.pieces:
+            piece = layout.pieces[name]
+            return piece.take_slice(source.folder.mapped(piece.matrix), start, length).to(kind)
         return source.folder.read_flat(name, start, length, kind)
 
     engine = build_engine(
@@ -132,7 +154,7 @@ def start_engine(
         read=read,
         world=world,
         config=config,
-        plan=plan,
+        layout=layout,
         optim=recipe.optim if training else None,
     )
     restore_buffers(engine.module, buffer_values(source.skeleton), CausalLMWithLoss.PREFIX)
@@ -318,7 +340,7 @@ def train(
     plan = settle_plan(recipe, world, source, method, log)
     log(_describe(plan, source))
     engine = start_engine(recipe, world, source, plan=plan, training=True)
-    audit = FreezeAudit(engine.shards, world)
+    audit = FreezeAudit(engine)
     output = recipe.run.output_dir
     store = open_store(recipe, world, log)
     state = _resume(recipe, world, store, engine, method, plan, data, source, audit, log)
@@ -400,7 +422,7 @@ def _resume(
                 f"{store.path(found.step)} was made with another {what}; put the old one back or"
                 " start a new run.output_dir."
             )
-    method.load_state_dict(store.load(found, engine))
+    method.load_state_dict(store.load(found, engine, plan))
     audit.check(found.step)
     log(f"resumed from {store.path(found.step)}")
     return found
@@ -421,7 +443,7 @@ def export_checkpoint(
     source = open_source(recipe, world)
     plan = settle_plan(recipe, world, source, method, log)
     engine = start_engine(recipe, world, source, plan=plan, training=True)
-    audit = FreezeAudit(engine.shards, world)
+    audit = FreezeAudit(engine)
     store = open_store(recipe, world, log)
     state = _resume(recipe, world, store, engine, method, plan, data, source, audit, log)
     if state.step == 0:

@@ -1,6 +1,7 @@
 """Freeze plans and their effect on flat slices. Pure: no process group, no DeepSpeed."""
 
 from forgetscale.masks.bits import ElementMask, count_bits, pack_slice, unpack_bits
+from forgetscale.masks.compact import CompactLayout, Piece, compact_layout
 from forgetscale.masks.flat import (
     SliceMask,
     by_column,
@@ -12,14 +13,17 @@ from forgetscale.masks.plan import FreezePlan, Mask, load_plan, save_plan
 from forgetscale.masks.threshold import Cut, Segment, find_cuts, order_keys
 
 __all__ = [
+    "CompactLayout",
     "Cut",
     "ElementMask",
     "FreezePlan",
     "Mask",
+    "Piece",
     "Segment",
     "SliceMask",
     "by_column",
     "column_power_sums",
+    "compact_layout",
     "count_bits",
     "find_cuts",
     "load_plan",

@@ -1,6 +1,7 @@
 """Hugging Face models: construction without weights, slices of safetensors, loss module."""
 
 from forgetscale.models.causal import CausalLMWithLoss, check_head
+from forgetscale.models.compact import layout_for, make_compact
 from forgetscale.models.documents import check_document_mask
 from forgetscale.models.skeleton import (
     buffer_values,
@@ -20,6 +21,8 @@ __all__ = [
     "check_document_mask",
     "check_head",
     "construct",
+    "layout_for",
+    "make_compact",
     "parameter_shapes",
     "read_model_config",
     "restore_buffers",

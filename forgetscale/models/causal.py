@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from forgetscale.errors import ConfigError
+from forgetscale.models.compact import CompactLinear
 from forgetscale.models.documents import document_arguments
 from forgetscale.ops.losses import LossFunction, chunked_loss, token_scores
 
@@ -30,11 +31,23 @@ class LossHead(nn.Module):
         chunk_size: Positions whose logits exist at one time.
     """
 
-    def __init__(self, linear: nn.Linear, chunk_size: int) -> None:
+    def __init__(self, linear: nn.Linear | CompactLinear, chunk_size: int) -> None:
         super().__init__()
-        self.weight = linear.weight
         self.bias = linear.bias
         self.chunk_size = chunk_size
+        self._compact: CompactLinear | None = None
+        if isinstance(linear, CompactLinear):
+            self.frozen, self.trainable = linear.frozen, linear.trainable
+            # Not a submodule: this module owns its parameters, so that ZeRO-3 gathers them here.
+            object.__setattr__(self, "_compact", linear)
+        else:
+            self.weight = linear.weight
+
+    def _head(self) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        if self._compact is None:
+            return self.weight, None
+        assert self._compact.axis == "row"
+        return self._compact.assemble(), (self.trainable, self._compact.trainable_index)
 
     def forward(
         self,
@@ -43,12 +56,17 @@ class LossHead(nn.Module):
         loss: LossFunction | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the summed loss, or per-position scores when ``loss`` is None."""
+        weight, rows = self._head()
         if loss is None:
-            return token_scores(
-                hidden, self.weight, labels, bias=self.bias, chunk_size=self.chunk_size
-            )
+            return token_scores(hidden, weight, labels, bias=self.bias, chunk_size=self.chunk_size)
         return chunked_loss(
-            hidden, self.weight, labels, loss, bias=self.bias, chunk_size=self.chunk_size
+            hidden,
+            weight,
+            labels,
+            loss,
+            bias=self.bias,
+            trained_rows=rows,
+            chunk_size=self.chunk_size,
         )
 
 
@@ -68,7 +86,7 @@ class CausalLMWithLoss(nn.Module):
     def __init__(self, model: Any, chunk_size: int) -> None:
         super().__init__()
         head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
+        if not isinstance(head, nn.Linear | CompactLinear):
             raise ConfigError(
                 f"model: the output head is {type(head).__name__}, expected a linear layer;"
                 " this architecture is not supported."

@@ -107,6 +107,12 @@ class SafetensorsFolder:
             values = view[low:high].reshape(-1)[start - low * width :][:length]
         return values if dtype is None else values.to(dtype)
 
+    def mapped(self, name: str) -> Tensor:
+        """Return a whole tensor that lives in the memory map; only what is used is read."""
+        self.shape(name)
+        view: Tensor = self._handle(self._file_of[name]).get_slice(name)[:]
+        return view
+
     def files(self) -> list[str]:
         """Return the weight files, sorted."""
         return sorted(set(self._file_of.values()))

@@ -75,6 +75,8 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        trained: Tensor,
+        rows: Tensor | None,
         bias: Tensor | None,
         labels: Tensor,
         loss: LossFunction,
@@ -85,7 +87,7 @@ class _ChunkedLoss(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = wants
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
         wide = torch.promote_types(weight.dtype, torch.float32)
-        weight_grad = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        weight_grad = torch.zeros_like(trained, dtype=wide) if wants_weight else None
         bias_grad = torch.zeros_like(bias, dtype=wide) if wants_bias and bias is not None else None
         for start in range(0, hidden.shape[0], chunk_size):
             part = slice(start, start + chunk_size)
@@ -102,7 +104,8 @@ class _ChunkedLoss(torch.autograd.Function):
             if hidden_grad is not None:
                 torch.mm(logits_grad, weight, out=hidden_grad[part])
             if weight_grad is not None:
-                weight_grad += logits_grad.t() @ chunk
+                moving = logits_grad if rows is None else logits_grad.index_select(1, rows)
+                weight_grad += moving.t() @ chunk
             if bias_grad is not None:
                 bias_grad += logits_grad.to(wide).sum(0)
         ctx.found = (hidden_grad, weight_grad, bias_grad)
@@ -123,7 +126,8 @@ class _ChunkedLoss(torch.autograd.Function):
             wide = torch.promote_types(grad.dtype, torch.float32)
             scaled.append(grad.to(wide).mul_(scale.to(wide)).to(dtype))
         ctx.found = None
-        return (*scaled, None, None, None, None)
+        hidden, trained, bias = scaled
+        return (hidden, None, trained, None, bias, None, None, None, None)
 
 
 def chunked_loss(
@@ -133,6 +137,7 @@ def chunked_loss(
     loss: LossFunction,
     *,
     bias: Float[Tensor, " V"] | None = None,
+    trained_rows: tuple[Float[Tensor, "P D"], Int64[Tensor, " P"]] | None = None,
     chunk_size: int = 1024,
 ) -> Float32[Tensor, ""]:
     """Apply the output head and a loss, ``chunk_size`` positions at a time.
@@ -147,10 +152,13 @@ def chunked_loss(
         labels: Target ids, already shifted; ``IGNORE_INDEX`` marks positions without loss.
         loss: Any ``LossFunction``; it must be a sum over positions.
         bias: Bias of the head, if the model has one.
+        trained_rows: Where only some rows of the head are trained: the parameter that holds them
+            and their ids. ``weight`` is then a plain tensor and gets no gradient.
         chunk_size: Positions per chunk, > 0.
 
     Returns:
-        The summed loss in nats, fp32, differentiable once in ``hidden``, ``weight`` and ``bias``.
+        The summed loss in nats, fp32, differentiable once in ``hidden``, ``weight`` (or the
+        parameter in ``trained_rows``) and ``bias``.
 
     Raises:
         ValueError: ``chunk_size`` is not positive.
@@ -158,13 +166,14 @@ def chunked_loss(
     if chunk_size <= 0:
         raise ValueError(f"chunk_size must be > 0, got {chunk_size}")
     grad = torch.is_grad_enabled()
+    trained, rows = (weight, None) if trained_rows is None else trained_rows
     wants = (
         grad and hidden.requires_grad,
-        grad and weight.requires_grad,
+        grad and trained.requires_grad,
         grad and bias is not None and bias.requires_grad,
     )
     result = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, loss, chunk_size, wants
+        hidden, weight.detach(), trained, rows, bias, labels, loss, chunk_size, wants
     )
     assert isinstance(result, Tensor)
     return result

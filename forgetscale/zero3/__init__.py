@@ -2,11 +2,12 @@
 
 from forgetscale.zero3.engine import (
     DTYPES,
+    Matrix,
     ZeroEngine,
     build_engine,
     construct_partitioned,
 )
-from forgetscale.zero3.shards import Slice, ZeroShards
+from forgetscale.zero3.shards import STATES, Slice, ZeroShards
 from forgetscale.zero3.world import (
     World,
     launcher_rank,
@@ -18,6 +19,8 @@ from forgetscale.zero3.world import (
 
 __all__ = [
     "DTYPES",
+    "Matrix",
+    "STATES",
     "Slice",
     "World",
     "ZeroEngine",

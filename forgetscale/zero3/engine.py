@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +13,11 @@ from torch import Tensor, nn
 
 from forgetscale.config import OptimConfig
 from forgetscale.errors import ShardError
-from forgetscale.masks import FreezePlan
+from forgetscale.masks import CompactLayout, FreezePlan
 from forgetscale.zero3.shards import Slice, ZeroShards, gather_slice, locate_all
 from forgetscale.zero3.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DEEPSPEED_TAG = "deepspeed"
 ReadSlice = Callable[[str, int, int, torch.dtype], Tensor]
 """``(name, start, length, dtype) -> [length]``: elements of a flattened source tensor."""
 
@@ -68,6 +68,22 @@ def fill_slices(slices: list[Slice], read: ReadSlice) -> None:
             whole[: item.length].copy_(values)
 
 
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One parameter of the source model and where it lies on this rank."""
+
+    name: str
+    """Name in the source model."""
+    shape: tuple[int, ...]
+    slices: list[Slice]
+    """One slice, or two where the layout cuts the matrix."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole parameter in the model's type."""
+        return math.prod(self.shape) * self.slices[0].working.element_size()
+
+
 class ZeroEngine:
     """One partitioned model on this rank.
 
@@ -75,12 +91,16 @@ class ZeroEngine:
         engine: DeepSpeed engine.
         shards: Slices of the model.
         world: This process among all.
+        layout: How the freeze plan is stored.
     """
 
-    def __init__(self, engine: Any, shards: ZeroShards, world: World) -> None:
+    def __init__(
+        self, engine: Any, shards: ZeroShards, world: World, layout: CompactLayout
+    ) -> None:
         self._engine = engine
         self.shards = shards
         self.world = world
+        self.layout = layout
 
     @property
     def module(self) -> nn.Module:
@@ -147,64 +167,41 @@ class ZeroEngine:
         self.shards.clear_gradients()
         return float(self._engine.get_global_grad_norm())
 
-    def gather_working(self, item: Slice, destination: int) -> Tensor | None:
+    def matrices(self) -> list[Matrix]:
+        """Return the source model's parameters in the model's order, with the slices they are in.
+
+        A matrix that the layout cuts has two slices here.
+        """
+        found: dict[str, list[Slice]] = {}
+        for item in self.shards.slices:
+            found.setdefault(self.layout.matrix_of(item.name), []).append(item)
+        return [
+            Matrix(
+                name,
+                self.layout.pieces[items[0].name].shape
+                if items[0].name in self.layout.pieces
+                else items[0].shape,
+                items,
+            )
+            for name, items in found.items()
+        ]
+
+    def gather_working(self, matrix: Matrix, destination: int) -> Tensor | None:
         """Return a whole parameter in the model's type on ``destination``, None elsewhere.
 
         Collective: every rank must call it.
         """
-        return gather_slice(item, item.param.ds_tensor.data.view(-1), self.world.size, destination)
-
-    def save_files(self, directory: Path) -> list[Path]:
-        """Write DeepSpeed's own files below ``directory``; return those this rank wrote.
-
-        Collective: every rank must call it.
-
-        Raises:
-            OSError, RuntimeError: A write failed on this rank. DeepSpeed waits for all ranks after
-                writing, so the failure is raised only when that is behind: a rank that left early
-                would leave the others waiting.
-        """
-        writer = self._engine.checkpoint_engine
-        write = writer.save
-        failures: list[OSError | RuntimeError] = []
-        written: list[Path] = []
-
-        def save(state_dict: Any, path: str, *args: Any, **kwargs: Any) -> None:
-            written.append(Path(path))
-            try:
-                write(state_dict, path, *args, **kwargs)
-            except (OSError, RuntimeError) as error:
-                failures.append(error)
-
-        writer.save = save
-        # A conversion script that rank 0 copies beside the files; exports are ours.
-        self._engine._copy_recovery_script = lambda directory: None
-        try:
-            self._engine.save_checkpoint(str(directory), tag=DEEPSPEED_TAG, save_latest=False)
-        finally:
-            del writer.save
-        if failures:
-            raise failures[0]
-        return written
-
-    def load_files(self, directory: Path) -> None:
-        """Load what ``save_files`` wrote, at the same number of ranks.
-
-        The files are pickles: verify the checkpoint's manifest first.
-        Collective: every rank must call it.
-
-        Raises:
-            ShardError: DeepSpeed found nothing to load.
-        """
-        path, _ = self._engine.load_checkpoint(
-            str(directory), tag=DEEPSPEED_TAG, load_lr_scheduler_states=False
-        )
-        if path is None:
-            raise ShardError(
-                f"rank {self.world.rank}: DeepSpeed found no checkpoint in {directory};"
-                " the folder is incomplete."
-            )
-        self.shards.refresh_gathered()
+        parts = [
+            gather_slice(item, item.param.ds_tensor.data.view(-1), self.world.size, destination)
+            for item in matrix.slices
+        ]
+        if parts[0] is None or matrix.slices[0].name not in self.layout.pieces:
+            return parts[0]
+        whole = parts[0].new_empty(matrix.shape)
+        for item, part in zip(matrix.slices, parts, strict=True):
+            assert part is not None
+            self.layout.pieces[item.name].put_(whole, part)
+        return whole
 
     def destroy(self) -> None:
         """Free the model, its hooks and its buffers."""
@@ -222,7 +219,7 @@ def build_engine(
     read: ReadSlice,
     world: World,
     config: Mapping[str, Any],
-    plan: FreezePlan | None = None,
+    layout: CompactLayout | None = None,
     optim: OptimConfig | None = None,
 ) -> ZeroEngine:
     """Load the weights into a partitioned module and give it to DeepSpeed.
@@ -233,7 +230,8 @@ def build_engine(
         read: Reader of the source model.
         world: This process among all.
         config: Full DeepSpeed configuration.
-        plan: Freeze plan; whole parameters in it get no gradient and no optimizer state.
+        layout: How the freeze plan is stored, if there is one; whole parameters of its plan get no
+            gradient and no optimizer state.
         optim: AdamW settings; None builds a model for forward passes only.
 
     Collective: every rank must call it.
@@ -245,7 +243,7 @@ def build_engine(
     optimizer = None
     for item in slices:
         item.param.requires_grad_(
-            optim is not None and not (plan is not None and item.name in plan.whole)
+            optim is not None and not (layout is not None and item.name in layout.plan.whole)
         )
     trained = [item for item in slices if item.param.requires_grad]
     if optim is not None:
@@ -260,5 +258,6 @@ def build_engine(
         )
     engine, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=dict(config))
     decayed = frozenset(item.name for item in trained if len(item.shape) > 1)
+    plan = None if layout is None else layout.plan
     shards = ZeroShards(engine, slices, plan, world.size, decayed)
-    return ZeroEngine(engine, shards, world)
+    return ZeroEngine(engine, shards, world, layout or CompactLayout({}, FreezePlan()))

@@ -27,6 +27,9 @@ from torch import Tensor, nn
 from forgetscale.api import ParamShard
 from forgetscale.masks import FreezePlan, Mask
 
+STATES = ("master", "exp_avg", "exp_avg_sq")
+"""What lasts from step to step for every trained element, all fp32."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:
@@ -187,6 +190,61 @@ class ZeroShards:
         sub_group, start = self._masters[item.name]
         grad: Tensor = self._optimizer.fp32_partitioned_groups_flat[sub_group].grad
         return grad.narrow(0, start, item.length)
+
+    # ---- optimizer state ----------------------------------------------------------------
+
+    def states(self, item: Slice) -> dict[str, Tensor]:
+        """Return the lasting state of a slice by ``STATES`` name, as views; {} if not trained.
+
+        Moments that the optimizer has not made yet are made here, zero.
+        """
+        if item.name not in self._masters:
+            return {}
+        sub_group, start = self._masters[item.name]
+        state = self._optimizer_state(sub_group)
+        found = {"master": self.master(item)}
+        for name in ("exp_avg", "exp_avg_sq"):
+            found[name] = state[name].narrow(0, start, item.length)
+        return found
+
+    def _optimizer_state(self, sub_group: int) -> dict[str, Tensor]:
+        flat = self._optimizer.fp32_partitioned_groups_flat[sub_group]
+        state: dict[str, Tensor] = self._optimizer.optimizer.state[flat]
+        if not state:
+            # As torch's fused AdamW makes them at its first step.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            state["exp_avg"] = torch.zeros_like(flat.detach())
+            state["exp_avg_sq"] = torch.zeros_like(flat.detach())
+        return state
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps the optimizer has counted for its bias correction."""
+        flats = range(len(self._optimizer.fp32_partitioned_groups_flat))
+        counts = {int(self._optimizer_state(index)["step"]) for index in flats}
+        assert len(counts) == 1, counts
+        return counts.pop()
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, count: int) -> None:
+        for index in range(len(self._optimizer.fp32_partitioned_groups_flat)):
+            self._optimizer_state(index)["step"].fill_(count)
+
+    def state_bytes(self) -> dict[str, int]:
+        """Return the bytes this rank holds for training, by what they are; measured, not computed.
+
+        Working copies of all slices, and for trained ones masters, moments and the gradient buffer.
+        """
+        optimizer = self._optimizer
+        flats = optimizer.fp32_partitioned_groups_flat
+        moments = [self._optimizer_state(i)[k] for i in range(len(flats)) for k in STATES[1:]]
+        gradients = [optimizer.grad_partitions_flat_buffer]
+        working = [item.param.ds_tensor for item in self._slices]
+        groups = {"weights": working, "masters": flats, "moments": moments, "gradients": gradients}
+        return {
+            name: sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            for name, tensors in groups.items()
+        }
 
     # ---- ShardSet -----------------------------------------------------------------------
 

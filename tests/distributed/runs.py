@@ -20,6 +20,7 @@ from tests.distributed.harness import Job, Outcome, RankServer
 
 PROBE = [[3, 9, 4, 30, 5, 61, 3, 3], [12, 7, 2, 40, 8, 1, 66, 50]]
 SSU = {"kind": "ssu", "shield_token_ids": [1, 5]}
+MASKED = {**SSU, "layout": "masked"}
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class Runs:
     ) -> Run:
         """Return a run; ``changes`` are recipe paths with ``__`` for the dot."""
         if isinstance(method, str):
-            method = SSU if method == "ssu" else {"kind": method}
+            method = {"ssu": SSU, "masked": MASKED}.get(method, {"kind": method})
         world = world or self.world()
         dotted = {path.replace("__", "."): value for path, value in changes.items()}
         if offload:
@@ -178,4 +179,4 @@ class Runs:
         return self._made[key]
 
 
-__all__ = ["Job", "PROBE", "Run", "Runs", "SSU", "change", "load_weights", "read_lines"]
+__all__ = ["Job", "MASKED", "PROBE", "Run", "Runs", "SSU", "change", "load_weights", "read_lines"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from forgetscale.masks import FreezePlan, load_plan, save_plan
+from tests.distributed.compare import assert_same_weights
 from tests.distributed.harness import Job, Outcome, RankServer
 from tests.distributed.jobs import POINT_NAMES
 from tests.distributed.runs import SSU, Run, Runs, change, load_weights, read_lines
@@ -52,7 +53,7 @@ KILLS = [
     ("between step and save", 2, 2),
     ("save: before the first file", 1, None),
     ("save: before the first file", 2, 2),
-    ("save: after DeepSpeed's files", 2, 2),
+    ("save: after the ranks' states", 2, 2),
     ("save: before hashing", 2, 2),
     ("save: before the manifest", 2, 2),
     ("save: after the manifest", 2, 2),
@@ -103,7 +104,7 @@ def test_killed_at_any_point_the_run_goes_on_bit_equal(killed, runs: Runs, index
     ("point", "number", "rank"),
     [
         ("in a step, before the optimizer", 3, 1),
-        ("save: after DeepSpeed's files", 2, 0),
+        ("save: after the ranks' states", 2, 0),
         ("save: before hashing", 2, 1),
     ],
 )
@@ -189,7 +190,7 @@ class Bomb:
 
 def damage(how: str, checkpoint: Path) -> None:
     files = sorted(p for p in checkpoint.rglob("*") if p.is_file())
-    optimizer = [p for p in files if "optim_states" in p.name]
+    optimizer = [p for p in files if p.name.startswith("states-")]
     assert len(optimizer) == 2
     if how == "one bit of the last file":
         flip_bit(optimizer[-1])
@@ -299,12 +300,58 @@ def refused(outcome: Outcome, sentence: str, code: int) -> None:
     assert all("\n" not in message for message in outcome.errors)
 
 
-def test_another_number_of_ranks_is_refused(ranks: RankServer, stopped):
-    recipe = copy_of(stopped, "other-world")
-    for size in (1, 3):
-        outcome = ranks.run("training:command", size, recipe=recipe)
-        refused(outcome, "was written by 2 ranks, this run has", 1)
-    assert steps_of(folder_of(recipe)) == ["step-00000002", "step-00000004"]
+@pytest.mark.parametrize("size", [1, 3])
+def test_another_number_of_ranks_goes_on(ranks: RankServer, runs: Runs, stopped, size: int):
+    """Stopped on 2 ranks after step 4; 1 or 3 ranks do the rest on the same rows."""
+    recipe = copy_of(stopped, f"other-world-{size}")
+    outcome = ranks.must("training:train", size, recipe=recipe)
+    assert "resumed from" in outcome.logs[0]
+    whole = runs.get("ssu", 2)
+    resumed = Run(folder_of(recipe), runs.world(), recipe, outcome)
+    assert resumed.losses == pytest.approx(whole.losses, rel=2e-6)
+    assert_same_weights(resumed.masters, whole.masters)
+    for name, frozen in whole.frozen.items():
+        assert torch.equal(resumed.export[name][frozen], whole.source[name][frozen]), name
+
+
+LAYOUTS = [("compact", "masked"), ("masked", "compact")]
+
+
+@pytest.mark.parametrize(("first", "second"), LAYOUTS)
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 1), (1, 2)])
+def test_a_checkpoint_resumes_under_the_other_layout(
+    ranks: RankServer, runs: Runs, first: str, second: str, before: int, after: int
+):
+    name = f"layout-{first}-{before}-{after}"
+    recipe = runs.recipe(name, {**SSU, "layout": first})
+    options = {"step": 3, "rank": 0, "number": int(signal.SIGUSR1)}
+    stopped = ranks.run("crash:train_and_signal", before, recipe=recipe, **options)
+    assert stopped.codes == [75] * before
+    other = change(recipe, {"method.layout": second})
+    outcome = ranks.must("training:train", after, recipe=other)
+    assert "resumed from" in outcome.logs[0]
+    resumed, whole = Run(folder_of(recipe), runs.world(), other, outcome), runs.get("ssu", 1)
+    assert resumed.losses == pytest.approx(whole.losses, rel=2e-6)
+    assert_same_weights(resumed.masters, whole.masters)
+    for name, frozen in whole.frozen.items():
+        assert torch.equal(resumed.export[name][frozen], whole.source[name][frozen]), name
+
+
+def test_elastic_schedule_gives_the_same_batches_and_losses(ranks: RankServer, runs: Runs):
+    """1, 2, 3 and again 1 ranks in turn, with and without offload."""
+    recipe = runs.recipe("elastic", SSU)
+    rows = []
+    for step, size in ((1, 1), (2, 2), (4, 3)):
+        options = {"step": step, "rank": 0, "number": int(signal.SIGUSR1)}
+        stopped = ranks.run("crash:train_and_signal", size, recipe=recipe, **options)
+        assert stopped.codes == [75] * size, stopped.logs[0][-2000:]
+    outcome = ranks.must("training:train", 1, recipe=recipe)
+    rows = outcome.value["rows"]
+    whole = runs.get("ssu", 1)
+    assert rows == whole.outcome.value["rows"][-len(rows) :]
+    resumed = Run(folder_of(recipe), runs.world(), recipe, outcome)
+    assert resumed.losses == pytest.approx(whole.losses, rel=2e-6)
+    assert_same_weights(resumed.masters, whole.masters)
 
 
 def test_another_recipe_in_the_folder_is_refused(ranks: RankServer, stopped):

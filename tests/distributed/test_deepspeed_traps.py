@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.harness import RankServer
-from tests.distributed.runs import PROBE, SSU, Runs, read_lines
+from tests.distributed.runs import MASKED, PROBE, SSU, Runs, read_lines
 
 MODES = [("float32", False), ("bfloat16", False), ("float32", True), ("bfloat16", True)]
 
@@ -230,7 +230,7 @@ class TestNotFinite:
         self, ranks, runs: Runs, dtype: str, where: str, offload: bool, what: str
     ):
         name = f"nan-{dtype}-{where}-{offload}"
-        method = SSU if where != "loss" else {"kind": "sft"}
+        method = MASKED if where != "loss" else {"kind": "sft"}
         changes = {"model.dtype": dtype}
         if offload:
             changes["deepspeed"] = str(runs.world() / "zero3_offload.json")

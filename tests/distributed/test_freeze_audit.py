@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
 from tests.distributed.harness import RankServer
-from tests.distributed.runs import SSU, Runs, change
+from tests.distributed.runs import MASKED, SSU, Runs, change
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize(
-    ("where", "copy"), [("master", "fp32 master"), ("working", "working copy")]
+    ("where", "copy", "method"),
+    [
+        ("master", "fp32 master", MASKED),
+        ("working", "working copy", MASKED),
+        ("working", "working copy", SSU),
+    ],
 )
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_flipped_bit_stops_the_run(ranks, runs: Runs, where: str, copy: str, size: int):
-    name = f"tamper-{where}-{size}"
+def test_a_flipped_bit_stops_the_run(ranks, runs: Runs, where, copy, method, size: int):
+    name = f"tamper-{where}-{size}-{method.get('layout')}"
     # Step 5 is audited and not saved: the flipped bit must not be overwritten by a step before.
-    recipe = runs.recipe(name, SSU, {"train.audit_every_steps": 1})
+    recipe = runs.recipe(name, method, {"train.audit_every_steps": 1})
     outcome = ranks.run("tamper:train", size, recipe=recipe, where=where, step=5, rank=size - 1)
     assert outcome.codes == [1] * size and not outcome.late
     assert outcome.kinds == ["AuditError"] * size
@@ -39,15 +45,17 @@ def test_audit_comes_before_the_checkpoint(ranks, runs: Runs):
     assert [p.name for p in folder.glob("step-*")] == ["step-00000002"]
 
 
-def test_a_bit_flipped_on_the_way_to_the_export(ranks, runs: Runs):
-    recipe = runs.recipe("tamper-export", SSU)
+@pytest.mark.parametrize("method", [SSU, MASKED])
+def test_a_bit_flipped_on_the_way_to_the_export(ranks, runs: Runs, method: dict):
+    recipe = runs.recipe(f"tamper-export-{method.get('layout')}", method)
     outcome = ranks.run("tamper:train", 2, recipe=recipe, where="export", step=0, rank=0)
     assert outcome.kinds == ["AuditError"] * 2
     assert all(
         f"frozen elements of {NAME} differ from the source model" in message
         for message in outcome.errors
     )
-    names = sorted(path.name[:10] for path in (runs.world() / "tamper-export").glob("export*"))
+    folder = Path(recipe["run"]["output_dir"])
+    names = sorted(path.name[:10] for path in folder.glob("export*"))
     assert names == ["export.bad"], "a wrong export must not stand under its name"
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.compare import assert_same_weights
-from tests.distributed.runs import SSU, Run, Runs
+from tests.distributed.runs import MASKED, SSU, Run, Runs
 from tests.distributed.tiny import VOCAB_SIZE, set_rows
 
 NORMS = ("norm.weight", "layernorm.weight")
@@ -25,15 +25,17 @@ SETTINGS = [
 FEWER = [SETTINGS[2], SETTINGS[3], SETTINGS[6]]
 METHODS = {
     "ssu": SSU,
+    "masked": MASKED,
     "hft": {"kind": "hft"},
     "row": {**SSU, "axis": "row"},
+    "row-masked": {**MASKED, "axis": "row"},
     "element": {**SSU, "axis": "element"},
     "element-global": {"kind": "ssu", "axis": "element", "scope": "global", "score": "rand"},
 }
 CASES = [
     (method, *setting)
     for method in METHODS
-    for setting in (SETTINGS if method in ("ssu", "hft") else FEWER)
+    for setting in (SETTINGS if method in ("ssu", "masked") else FEWER)
 ]
 
 
@@ -76,7 +78,7 @@ def test_everything_else_moves(runs: Runs, method, size, dtype, offload):
         assert moved[~frozen].float().mean() > 0.999, name
 
 
-@pytest.mark.parametrize("method", ["ssu", "hft", "sft"])
+@pytest.mark.parametrize("method", ["ssu", "masked", "hft", "sft"])
 def test_offload_changes_nothing_but_rounding(runs: Runs, method: str):
     with_, without = runs.get(method, 2, offload=True), runs.get(method, 2)
     assert with_.losses == pytest.approx(without.losses, rel=1e-6)
@@ -133,8 +135,9 @@ class TestVectors:
 
 
 class TestRows:
-    def test_shielded_rows_stay_and_their_neighbours_move(self, runs: Runs):
-        run = runs.get("ssu", 3)
+    @pytest.mark.parametrize("layout", ["ssu", "masked"])
+    def test_shielded_rows_stay_and_their_neighbours_move(self, runs: Runs, layout: str):
+        run = runs.get(layout, 3)
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             changed = (run.masters[name] != run.source[name]).any(1)
             assert changed.nonzero().flatten().tolist() == [
@@ -157,9 +160,10 @@ class TestRows:
             frozen = run.frozen[name]
             assert same_bits(run.export[name][frozen], run.source[name][frozen]), name
 
-    def test_tied_head_is_shielded_once(self, runs: Runs):
+    @pytest.mark.parametrize("layout", ["ssu", "masked"])
+    def test_tied_head_is_shielded_once(self, runs: Runs, layout: str):
         world = runs.world("tied", tied=True)
-        run = runs.get("ssu", 2, world=world)
+        run = runs.get(layout, 2, world=world)
         assert "lm_head.weight" not in run.source
         assert [key for key in run.plan if key.startswith("rows/")] == [
             "rows/model.embed_tokens.weight"

@@ -8,7 +8,7 @@ POINT_NAMES = (
     "in a step, after the optimizer",
     "between step and save",
     "save: before the first file",
-    "save: after DeepSpeed's files",
+    "save: after the ranks' states",
     "save: before hashing",
     "save: before the manifest",
     "save: after the manifest",

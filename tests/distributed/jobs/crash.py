@@ -20,7 +20,6 @@ import torch.distributed as dist
 import forgetscale.artifact as artifact
 import forgetscale.checkpoint.store as store
 import forgetscale.engine.loop as loop
-import forgetscale.zero3.engine as zero_engine
 import forgetscale.zero3.shards as shards
 from forgetscale.cli import main
 from forgetscale.engine.metrics import MetricsLog
@@ -102,7 +101,7 @@ POINTS: dict[str, tuple[Any, str, Any, Any]] = {
     "in a step, after the optimizer": (loop, "_log_step", before, always),
     "between step and save": (loop, "_save", before, always),
     "save: before the first file": (store.CheckpointStore, "_write", before, always),
-    "save: after DeepSpeed's files": (zero_engine.ZeroEngine, "save_files", after, always),
+    "save: after the ranks' states": (store, "save_states", after, always),
     "save: before hashing": (store.CheckpointStore, "_flush", before, always),
     "save: before the manifest": (artifact, "write_json", before, is_manifest),
     "save: after the manifest": (artifact, "write_json", after, is_manifest),

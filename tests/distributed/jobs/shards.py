@@ -20,7 +20,7 @@ from forgetscale.config import OptimConfig, validate_recipe
 from forgetscale.config.deepspeed import engine_config
 from forgetscale.engine.run import open_source, start_engine
 from forgetscale.errors import ForgetScaleError, NonFiniteError
-from forgetscale.masks import FreezePlan
+from forgetscale.masks import CompactLayout, FreezePlan
 from forgetscale.methods.sft import Sft
 from forgetscale.ops.losses import cross_entropy
 from forgetscale.zero3 import (
@@ -81,7 +81,7 @@ def parts_engine(
         read=read,
         world=here,
         config=config,
-        plan=plan,
+        layout=plan and CompactLayout({}, plan),
         optim=OptimConfig(lr=0.1, weight_decay=0.0, max_grad_norm=1e9),
     )
     yield engine, here, weights
@@ -200,6 +200,8 @@ def padding(recipe: dict) -> dict[str, Any]:
         shards = job.engine.shards
         tails = [i.param.ds_tensor.data.view(-1)[i.length :].float() for i in shards.slices]
         for item in shards.slices:
+            if item.name not in shards._masters:
+                continue
             sub_group, start = shards._masters[item.name]
             flat = shards._optimizer.fp32_partitioned_groups_flat[sub_group]
             part = item.param.partition_numel()
@@ -277,7 +279,7 @@ def edited_params(recipe: dict, probe: list[list[int]], evaluate_first: bool) ->
     with torch.no_grad():
         logits = engine(ids, mode="logits").float()
     names = [item.name for item in engine.shards.slices]
-    gathered = {i.name: engine.gather_working(i, 0) for i in engine.shards.slices}
+    gathered = {m.name: engine.gather_working(m, 0) for m in engine.matrices()}
     return {
         "logits": logits,
         "masters": engine.shards.gather(names),

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import forgetscale.engine.loop as loop
 from forgetscale.artifact import canonical_json, hash_bytes, hash_file
-from forgetscale.zero3 import Slice, ZeroEngine, ZeroShards
+from forgetscale.zero3 import Matrix, Slice, ZeroEngine, ZeroShards
 from tests.distributed.jobs.training import command
 
 NAME = "model.layers.0.mlp.up_proj.weight"
+PLACES = {NAME, "model.layers.0.mlp.up_proj.frozen"}
 
 
 def frozen_place(shards: ZeroShards, item: Slice) -> int:
@@ -46,16 +48,20 @@ def train(recipe: dict, where: str, step: int, rank: int) -> None:
         result = original_step(job, rows, number)
         if number == step and dist.get_rank() == rank and where != "export":
             shards = job.engine.shards
-            (item,) = [i for i in shards.slices if i.name == NAME]
+            (item,) = [i for i in shards.slices if i.name in PLACES]
             values = shards.master(item) if where == "master" else item.working
             flip(values, frozen_place(shards, item))
         return result
 
-    def gather_working(self: ZeroEngine, item: Slice, destination: int) -> Tensor | None:
-        whole = original_gather(self, item, destination)
-        if item.name == NAME and whole is not None and where == "export":
-            # Column by column: the first frozen column of the first row.
-            flip(whole.view(-1), int(self.shards.masks[NAME].columns[0]))
+    def gather_working(self: ZeroEngine, matrix: Matrix, destination: int) -> Tensor | None:
+        whole = original_gather(self, matrix, destination)
+        if matrix.name == NAME and whole is not None and where == "export":
+            # The first frozen column of the first row.
+            pieces = self.layout.pieces
+            frozen = (
+                pieces[matrix.slices[0].name].index if pieces else self.shards.masks[NAME].columns
+            )
+            flip(whole.view(-1), int(frozen[0]))
         return whole
 
     with ExitStack() as stack:
@@ -68,11 +74,14 @@ def edit_checkpoint(folder: str) -> None:
     """Change all master weights of a checkpoint and make its hashes right again."""
     checkpoint = Path(folder)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    for path in checkpoint.rglob("*optim_states.pt"):
-        state = torch.load(path, weights_only=False)
-        with torch.no_grad():
-            state["optimizer_state_dict"]["fp32_flat_groups"][0] += 1e-3
-        torch.save(state, path, _use_new_zipfile_serialization=False)
+    for path in checkpoint.glob("states-*.safetensors"):
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        states = safetensors.torch.load_file(path)
+        for name in states:
+            if name.startswith("master/"):
+                states[name] += 1e-3
+        safetensors.torch.save_file(states, path, metadata)
         entry = manifest["files"][path.relative_to(checkpoint).as_posix()]
         entry |= {"size": path.stat().st_size, "sha256": hash_file(path)}
     del manifest["self_hash"]

@@ -59,10 +59,9 @@ def train(recipe: dict, probe: list[list[int]] | None = None) -> dict[str, Any]:
         recipe: Any, world: Any, source: Any, plan: Any, engine: Any, *rest: Any
     ) -> None:
         shards = engine.shards
-        names = [item.name for item in shards.slices]
-        found["masters"] = shards.gather(names)
+        found["masters"] = whole_masters(engine)
         found["trained"] = [item.name for item in shards.slices if item.param.requires_grad]
-        found["working"] = {item.name: engine.gather_working(item, 0) for item in shards.slices}
+        found["working"] = {m.name: engine.gather_working(m, 0) for m in engine.matrices()}
         if probe is not None:
             engine.set_training(False)
             with torch.no_grad():
@@ -75,6 +74,20 @@ def train(recipe: dict, probe: list[list[int]] | None = None) -> dict[str, Any]:
         stack.enter_context(mock.patch.object(run, "export_run", export_run))
         command(recipe)
     assert original_step is loop.train_step
+    return found
+
+
+def whole_masters(engine: Any) -> dict[str, torch.Tensor]:
+    """Return all masters in the source model's names and shapes."""
+    found = {}
+    for matrix in engine.matrices():
+        parts = engine.shards.gather([item.name for item in matrix.slices])
+        whole = parts[matrix.slices[0].name]
+        if len(parts) > 1:
+            whole = torch.full(matrix.shape, float("nan"))
+            for name, part in parts.items():
+                engine.layout.pieces[name].put_(whole, part)
+        found[matrix.name] = whole
     return found
 
 
