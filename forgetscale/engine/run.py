@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -425,7 +426,7 @@ def _resume(
     method.load_state_dict(store.load(found, engine, plan))
     audit.check(found.step)
     log(f"resumed from {store.path(found.step)}")
-    return found
+    return replace(found, world_size=world.size)
 
 
 def export_checkpoint(

@@ -122,7 +122,9 @@ class CompactLinear(nn.Module):
         if not torch.is_grad_enabled():
             y = _product(flat, self.assemble(), self.bias)
         else:
-            y = _CompactProduct.apply(flat, self.trainable, self.bias, self._kept(flat), self)
+            y = _CompactProduct.apply(  # type: ignore[no-untyped-call]
+                flat, self.trainable, self.bias, self._kept(flat), self
+            )
         return y.view(*x.shape[:-1], self.out_features)
 
     def _kept(self, flat: Tensor) -> Tensor:
