@@ -2,13 +2,9 @@
 
 from forgetscale.engine.folder import check_run_folder, open_run_folder
 from forgetscale.engine.metrics import RunLog
-from forgetscale.engine.run import (
-    export_checkpoint,
-    make_plan,
-    open_source,
-    train,
-    write_plan,
-)
+from forgetscale.engine.plans import make_plan, write_plan
+from forgetscale.engine.run import export_checkpoint, train
+from forgetscale.engine.start import open_source
 from forgetscale.engine.stop import StopRequest
 
 __all__ = [

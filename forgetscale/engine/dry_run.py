@@ -16,11 +16,8 @@ from forgetscale.data import open_data, open_stream
 from forgetscale.engine.estimate import MemoryEstimate, estimate_memory, flops_per_token
 from forgetscale.engine.loop import accumulate, count_targets, micro_batches
 from forgetscale.engine.metrics import memory_bytes
-from forgetscale.engine.run import (
-    num_train_steps,
-    open_source,
-    start_engine,
-)
+from forgetscale.engine.run import num_train_steps
+from forgetscale.engine.start import open_source, start_engine
 from forgetscale.models import build_skeleton, parameter_shapes, read_model_config
 from forgetscale.zero3 import World
 

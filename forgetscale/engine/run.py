@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from forgetscale.api import Method
-from forgetscale.artifact import (
-    canonical_json,
-    hash_bytes,
-    hash_file,
-    read_manifest,
-    wait_until_visible,
-)
 from forgetscale.checkpoint import CheckpointStore, RunState, export_model
-from forgetscale.config import FisherConfig, Recipe, recipe_dict
-from forgetscale.config.deepspeed import accumulation_steps, engine_config
+from forgetscale.config import Recipe, recipe_dict
+from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import (
-    TokenSet,
     TrainingData,
     open_data,
     open_stream,
-    require_same_tokenizer,
 )
 from forgetscale.engine.audit import FreezeAudit, audit_export
-from forgetscale.engine.calibration import SourceCalibration
 from forgetscale.engine.data_state import (
     keep_data_record,
     require_same_data,
@@ -40,263 +27,15 @@ from forgetscale.engine.data_state import (
 )
 from forgetscale.engine.loop import Evaluate, Training, train_loop
 from forgetscale.engine.metrics import MetricsLog, RunLog
+from forgetscale.engine.plans import settle_plan
+from forgetscale.engine.start import SourceModel, open_source, start_engine
 from forgetscale.engine.stop import StopRequest
 from forgetscale.errors import AuditError, CheckpointError, ConfigError
-from forgetscale.masks import CompactLayout, FreezePlan, load_plan, save_plan
-from forgetscale.models import (
-    CausalLMWithLoss,
-    SafetensorsFolder,
-    buffer_values,
-    build_skeleton,
-    check_document_mask,
-    check_head,
-    construct,
-    layout_for,
-    make_compact,
-    parameter_shapes,
-    read_model_config,
-    restore_buffers,
-)
-from forgetscale.models.causal import HEAD_CHECK_POSITIONS
+from forgetscale.masks import FreezePlan
 from forgetscale.progress import Progress
-from forgetscale.zero3 import DTYPES, World, ZeroEngine, build_engine, construct_partitioned
+from forgetscale.zero3 import DTYPES, World, ZeroEngine
 
-PLAN_FOLDER = "plan"
 EXPORT_FOLDER = "export"
-PLAN_FIELDS = (
-    "score",
-    "axis",
-    "scope",
-    "frozen_fraction",
-    "vectors",
-    "shield_token_ids",
-    "shield_rows",
-)
-"""Fields of ``method`` that a plan was made with and that a run must repeat."""
-
-
-@dataclass(frozen=True, slots=True)
-class SourceModel:
-    """The source model: on disk, as a skeleton, and by hash."""
-
-    folder: SafetensorsFolder
-    config: Any
-    skeleton: Any
-    shapes: dict[str, tuple[int, ...]]
-    content_hash: str
-
-
-def open_source(recipe: Recipe, world: World) -> SourceModel:
-    """Read the source model's configuration, check its weights and hash them.
-
-    Ranks share the hashing file by file. Collective: every rank must call it.
-
-    Raises:
-        DataError: The folder is no model folder, or its weights do not fit its configuration.
-    """
-    path = recipe.model.path
-    config = read_model_config(path, recipe.model.attn_implementation)
-    folder = SafetensorsFolder(path)
-    skeleton = build_skeleton(config)
-    shapes = parameter_shapes(skeleton)
-    folder.check_shapes(shapes)
-    mine = {
-        name: folder.hash_weight_file(name) for name in folder.files()[world.rank :: world.size]
-    }
-    digests = {k: v for part in world.gather_objects(mine) for k, v in part.items()}
-    digests["config.json"] = hash_file(path / "config.json")
-    return SourceModel(folder, config, skeleton, shapes, hash_bytes(canonical_json(digests)))
-
-
-def plan_layout(recipe: Recipe, skeleton: Any, plan: FreezePlan | None) -> CompactLayout | None:
-    """Return how the plan is stored: cut matrices, or masks alone; None without a plan."""
-    if plan is None:
-        return None
-    if getattr(recipe.method, "layout", "masked") == "compact":
-        return layout_for(plan, skeleton)
-    return CompactLayout({}, plan)
-
-
-def start_engine(
-    recipe: Recipe,
-    world: World,
-    source: SourceModel,
-    *,
-    plan: FreezePlan | None,
-    training: bool,
-) -> ZeroEngine:
-    """Build the partitioned model, load this rank's slices, check the output head.
-
-    Collective: every rank must call it.
-    """
-    config = engine_config(recipe, world.size)
-    dtype = DTYPES[recipe.model.dtype]
-    layout = plan_layout(recipe, source.skeleton, plan)
-
-    def build() -> Any:
-        model = construct(source.config)
-        if layout is not None:
-            make_compact(model, layout)
-        return model
-
-    model: Any = construct_partitioned(build, config, dtype)
-    if recipe.model.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-
-    def read(name: str, start: int, length: int, kind: torch.dtype) -> Tensor:
-        if layout is not None and name in layout.pieces:
-            piece = layout.pieces[name]
-            return piece.take_slice(source.folder.mapped(piece.matrix), start, length).to(kind)
-        return source.folder.read_flat(name, start, length, kind)
-
-    engine = build_engine(
-        CausalLMWithLoss(model, recipe.train.loss_chunk_size),
-        prefix=CausalLMWithLoss.PREFIX,
-        read=read,
-        world=world,
-        config=config,
-        layout=layout,
-        optim=recipe.optim if training else None,
-    )
-    restore_buffers(engine.module, buffer_values(source.skeleton), CausalLMWithLoss.PREFIX)
-    _check_output_head(engine, source.config.vocab_size)
-    if recipe.data.document_mask:
-        _check_document_mask(engine, source.config.vocab_size)
-    return engine
-
-
-@torch.no_grad()
-def _check_output_head(engine: ZeroEngine, vocab_size: int) -> None:
-    ids = torch.arange(1, HEAD_CHECK_POSITIONS + 1, device=engine.world.device)[None] % vocab_size
-    engine.set_training(False)
-    scores = engine(ids, labels=ids, mode="score")
-    check_head(scores, engine(ids, mode="logits"), ids)
-
-
-def _check_document_mask(engine: ZeroEngine, vocab_size: int) -> None:
-    def score(ids: Tensor, positions: Tensor | None) -> Tensor:
-        nll: Tensor = engine(ids, labels=ids, mode="score", position_ids=positions)[0]
-        return nll
-
-    engine.set_training(False)
-    check_document_mask(score, vocab_size, engine.world.device)
-
-
-def calibration_for(
-    recipe: Recipe, world: World, source: SourceModel, log: RunLog
-) -> SourceCalibration:
-    """Return the method's view of source model and source data; builds nothing yet."""
-    config = getattr(recipe.method, "calibration", None)
-    token_set = None
-    if config is not None:
-        token_set = TokenSet(config.path)
-        require_same_tokenizer(token_set, recipe.model.path)
-    return SourceCalibration(
-        structure=source.skeleton,
-        seed=recipe.run.seed,
-        build=lambda: start_engine(recipe, world, source, plan=None, training=False),
-        config=config,
-        token_set=token_set,
-        target=open_data(recipe.data),
-        world=world,
-        model_hash=source.content_hash,
-        progress=lambda total: Progress(
-            total, "calibrate", unit="pass", log_path=log.path, visible=log.visible
-        ),
-    )
-
-
-def make_plan(
-    recipe: Recipe, world: World, source: SourceModel, method: Method, log: RunLog
-) -> FreezePlan | None:
-    """Let the method make its plan from the source model. Collective: every rank must call it."""
-    calibration = calibration_for(recipe, world, source, log)
-    try:
-        plan = method.prepare(calibration)
-    finally:
-        calibration.close()
-    if plan is not None:
-        plan.check_model(source.shapes)
-        hashes = set(world.gather_objects(plan.content_hash()))
-        assert len(hashes) == 1, "ranks made different plans"
-    return plan
-
-
-def write_plan(directory: Path, plan: FreezePlan, recipe: Recipe, world: World) -> FreezePlan:
-    """Write the plan artefact on rank 0; return the plan to go on with on every rank.
-
-    Bits of elements are mapped from the file from then on, not held by every rank.
-    Collective: every rank must call it.
-    """
-
-    def write() -> str:
-        save_plan(directory, plan, recipe_dict(recipe))
-        return str(read_manifest(directory)["self_hash"])
-
-    self_hash = world.on_main(write)
-    if not plan.elements:
-        return plan
-    wait_until_visible(directory, self_hash)
-    return load_plan(directory)
-
-
-def settle_plan(
-    recipe: Recipe, world: World, source: SourceModel, method: Method, log: RunLog
-) -> FreezePlan | None:
-    """Return the run's plan: made before, given by path, or made now and kept in the run folder.
-
-    Collective: every rank must call it.
-
-    Raises:
-        ConfigError: The plan was made for another model.
-    """
-    kept = recipe.run.output_dir / PLAN_FOLDER
-    given = getattr(recipe.method, "plan", None)
-    found = world.broadcast(kept.is_dir())
-    if not found and given is None:
-        plan = make_plan(recipe, world, source, method, log)
-        return None if plan is None else write_plan(kept, plan, recipe, world)
-    path = kept if given is None or found else Path(given)
-    plan = load_plan(path)
-    made_for = plan.provenance.get("model_hash")
-    if made_for != source.content_hash:
-        raise ConfigError(
-            f"freeze plan {path} was made for another model (hash {str(made_for)[:12]}, this model"
-            f" has {source.content_hash[:12]}); make the plan again with forgetscale calibrate."
-        )
-    _check_plan_recipe(path, plan, recipe)
-    plan.check_model(source.shapes)
-    return plan if found else write_plan(kept, plan, recipe, world)
-
-
-def _check_plan_recipe(path: Path, plan: FreezePlan, recipe: Recipe) -> None:
-    section = recipe_dict(recipe)["method"]
-    expected = {"method": section["kind"]}
-    for name in PLAN_FIELDS:
-        if name in section:
-            expected[name] = section[name]
-    fisher = section.get("fisher") or asdict(FisherConfig())
-    if section.get("score") == "fisher":
-        expected["fisher"] = fisher
-    drawn = section.get("score") == "rand" or section["kind"] == "hft"
-    if drawn or (section.get("score") == "fisher" and fisher["labels"] == "sampled"):
-        expected["seed"] = recipe.run.seed
-    for name, wanted in expected.items():
-        if (made := plan.provenance.get(name)) != wanted:
-            field = {"method": "method.kind", "seed": "run.seed"}.get(name, f"method.{name}")
-            raise ConfigError(
-                f"freeze plan {path} was made with {field} {made!r}, the recipe says {wanted!r};"
-                " change the recipe or make the plan again with forgetscale calibrate."
-            )
-    counted = plan.provenance.get("target")
-    if counted is not None:
-        target = open_data(recipe.data).content_hash
-        if counted["content_hash"] != target:
-            raise ConfigError(
-                f"freeze plan {path} shields the rows that another target text does not use"
-                f" (content hash {counted['content_hash'][:12]}, the recipe's data have"
-                f" {target[:12]}); make the plan again with forgetscale calibrate."
-            )
 
 
 def num_train_steps(recipe: Recipe, targets_per_row: Fraction | int) -> int:

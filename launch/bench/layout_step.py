@@ -27,7 +27,8 @@ from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import open_stream
 from forgetscale.engine.loop import accumulate, micro_batches
 from forgetscale.engine.metrics import RunLog, memory_bytes
-from forgetscale.engine.run import SourceModel, make_plan, open_source, start_engine
+from forgetscale.engine.plans import make_plan
+from forgetscale.engine.start import SourceModel, open_source, start_engine
 from forgetscale.masks import FreezePlan
 from forgetscale.methods import METHODS
 from forgetscale.ops.losses import cross_entropy

@@ -338,10 +338,9 @@ def test_a_checkpoint_resumes_under_the_other_layout(
 
 
 def test_elastic_schedule_gives_the_same_batches_and_losses(ranks: RankServer, runs: Runs):
-    """1, 2, 3 and again 1 ranks in turn, with and without offload."""
+    """1, 2, 3 and again 1 ranks in turn; ``step`` counts from each start."""
     recipe = runs.recipe("elastic", SSU)
-    rows = []
-    for step, size in ((1, 1), (2, 2), (4, 3)):
+    for step, size in ((1, 1), (2, 2), (1, 3)):
         options = {"step": step, "rank": 0, "number": int(signal.SIGUSR1)}
         stopped = ranks.run("crash:train_and_signal", size, recipe=recipe, **options)
         assert stopped.codes == [75] * size, stopped.logs[0][-2000:]

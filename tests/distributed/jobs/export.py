@@ -15,7 +15,7 @@ import torch.distributed as dist
 import forgetscale.cli.export as export_command
 from forgetscale.checkpoint import export_model
 from forgetscale.config import validate_recipe
-from forgetscale.engine.run import open_source, start_engine
+from forgetscale.engine.start import open_source, start_engine
 from tests.distributed.jobs.shards import world
 from tests.distributed.jobs.training import write
 

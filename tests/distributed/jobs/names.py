@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 from forgetscale.config import validate_recipe
-from forgetscale.engine.run import open_source, start_engine
+from forgetscale.engine.start import open_source, start_engine
 from tests.distributed.jobs.shards import world
 
 

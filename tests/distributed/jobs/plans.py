@@ -8,7 +8,8 @@ from typing import Any
 
 from forgetscale.config import validate_recipe
 from forgetscale.engine.metrics import RunLog
-from forgetscale.engine.run import calibration_for, make_plan, open_source
+from forgetscale.engine.plans import calibration_for, make_plan
+from forgetscale.engine.start import open_source
 from forgetscale.methods import METHODS
 from forgetscale.methods.ssu.scores import column_scores_of, input_statistics, weight_norms
 from forgetscale.methods.ssu.statistics import InputStatistics, run_pass

@@ -18,7 +18,7 @@ import forgetscale.engine.loop as loop
 import forgetscale.zero3.engine as zero_engine
 from forgetscale.config import OptimConfig, validate_recipe
 from forgetscale.config.deepspeed import engine_config
-from forgetscale.engine.run import open_source, start_engine
+from forgetscale.engine.start import open_source, start_engine
 from forgetscale.errors import ForgetScaleError, NonFiniteError
 from forgetscale.masks import CompactLayout, FreezePlan
 from forgetscale.methods.sft import Sft
