@@ -1,312 +1,141 @@
-"""Build a token set: read, sample, tokenise, pack, write, publish."""
+"""Build a token set: find input, survey and choose, tokenise in units, pack, write, publish."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.ledger import Ledger
-from data_prep.readers import Line, ReadOptions, SourceReader, is_plain_text
-from data_prep.sample import select_documents
-from data_prep.sources import estimate_text_bytes, find_sources
-from data_prep.tokenise import (
-    TokenizeOptions,
-    Unit,
+from data_prep.encoding import (
     end_token_id,
     load_tokenizer,
     padding_token_id,
-    read_document,
-    tokenize_units,
+    spec_of,
+    template_hash,
+    vocabulary_size,
 )
-from forgetscale.artifact import ArtifactWriter
+from data_prep.engine import (
+    Source,
+    WorkOrder,
+    publish_choice,
+    run_merging,
+    survey_stage,
+    token_stage,
+    work,
+)
+from data_prep.evaluation_texts import index_evaluation
+from data_prep.ledger import Ledger
+from data_prep.merge import Output, TokenMerger
+from data_prep.options import BuildOptions
+from data_prep.sample import SurveyMerger
+from data_prep.scratch import Scratch
+from data_prep.sources import estimate_text_bytes, find_sources, named_dataset
+from data_prep.team import MpiTeam, Pool, Team
+from data_prep.tokenise import DocumentOptions, TokenizeOptions
+from data_prep.units import UNIT_BYTES
+from forgetscale.artifact import ArtifactWriter, canonical_json, hash_bytes, read_manifest
 from forgetscale.data import (
     BestFitPacker,
     ConcatPacker,
     Packer,
     ShardWriter,
-    pack_doc_id,
     token_set_payload,
     tokenizer_hash,
 )
-from forgetscale.data.format import KIND, LINE_BITS, REJECTS_NAME, rows_per_batch
-from forgetscale.errors import ConfigError
+from forgetscale.data.format import KIND, REJECTS_NAME, rows_per_batch
+from forgetscale.errors import ConfigError, ForgetScaleError
 from forgetscale.progress import Progress
 
-_UNIT_BYTES = 1 << 20
+__all__ = ["BuildOptions", "build"]
+
+_UNIT_VERSION = 1
+_UNIT_BYTES = UNIT_BYTES
 _SMALL_BYTES = 24 << 20
-_REPORT_BYTES = 1 << 18
+_UNIT_SETTINGS = (
+    "chat",
+    "escapes",
+    "text_field",
+    "text_documents",
+    "max_line_bytes",
+    "max_document_tokens",
+    "min_document_tokens",
+    "min_characters",
+    "max_characters",
+    "min_words",
+    "max_words",
+    "script",
+    "min_script_fraction",
+)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BuildOptions:
-    """What to build; the fields are those of ``python -m data_prep build``."""
-
-    inputs: tuple[str, ...]
-    tokenizer: Path
-    block_size: int
-    output: Path
-    language: str | None = None
-    split: str | None = None
-    release: str | None = None
-    max_documents: int | None = None
-    seed: int = 0
-    chat: bool = False
-    packing: str = "concat"
-    document_end: str = "eos"
-    escapes: str = "undo"
-    max_document_tokens: int | None = None
-    max_reject_fraction: float = 0.05
-    text_field: str = "text"
-    text_documents: str = "line"
-    max_line_bytes: int = 256 << 20
-    max_ratio: float = 200.0
-    max_file_bytes: int = 1 << 40
-    num_processes: int | None = None
-    log: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse impossible values."""
-        for name, least in (("block_size", 1), ("max_documents", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"--{name.replace('_', '-')} must be >= {least}, got {value}.")
-        limits = ("max_line_bytes", "max_ratio", "max_file_bytes")
-        for name in ("max_document_tokens", "num_processes", *limits):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be >= 1, got {value}.")
-        if not 0 <= self.max_reject_fraction <= 1:
-            raise ConfigError(
-                f"--max-reject-fraction must be in 0..1, got {self.max_reject_fraction}."
-            )
-
-    @property
-    def read(self) -> ReadOptions:
-        """How files are read."""
-        return ReadOptions(
-            max_line_bytes=self.max_line_bytes,
-            max_ratio=self.max_ratio,
-            max_file_bytes=self.max_file_bytes,
-            text_field=self.text_field,
-            chat=self.chat,
-            text_documents=self.text_documents,
-        )
-
-
-def build(options: BuildOptions) -> dict[str, Any]:
-    """Build the token set and return its manifest payload.
+def build(options: BuildOptions, mpi: MpiTeam | None = None) -> dict[str, Any]:
+    """Build the token set (and the held-out one) and return the manifest payload of the first.
 
     Rows depend on the input files, their order, the tokenizer and the options alone: not on the
-    number of processes or the size of work units.
+    number of processes or nodes, nor on interruptions. Finished units are kept beside the output
+    until it is published, so that the same command goes on where an earlier one was stopped.
+
+    Args:
+        options: What to build.
+        mpi: Ranks that share the work; all of them call this, rank 0 with the result.
 
     Raises:
         ConfigError: Options clash.
-        DataError: Input is missing, damaged or mostly unusable; nothing is left behind.
+        DataError: Input is missing, damaged or mostly unusable; nothing is published.
+        ForgetScaleError: A process died.
     """
-    paths = find_sources(
+    if mpi is not None and mpi.rank > 0:
+        mpi.start(None, None)
+        work(mpi.order, mpi)
+        mpi.close()
+        return {}
+    try:
+        return _build(options, mpi)
+    except (ForgetScaleError, OSError) as error:
+        if mpi is not None:
+            mpi.refuse(getattr(error, "exit_code", 1))
+        raise
+
+
+def _build(options: BuildOptions, mpi: MpiTeam | None) -> dict[str, Any]:
+    if mpi is not None and options.num_processes is not None:
+        raise ConfigError("--num-processes is for one process; under mpiexec or srun ranks count.")
+    paths = _input_files(options)
+    team = mpi or _local_team(paths, options)
+    _remove_unpaired(options)
+    with Scratch(options.outputs, team.token) as scratch, ExitStack() as stack:
+        job = _Job(options, paths, scratch)
+        stack.callback(team.close)
+        team.start(scratch.run / "alive", job.order)
+        return job.run(team)
+
+
+def _remove_unpaired(options: BuildOptions) -> None:
+    """Remove a held-out set whose training set was not published by the same command."""
+    if len(options.outputs) == 1 or options.output.exists() or not options.outputs[1].is_dir():
+        return
+    manifest = read_manifest(options.outputs[1], KIND)
+    if manifest["made_by"].get("recipe") == json.loads(json.dumps(options.recorded())):
+        shutil.rmtree(options.outputs[1])
+
+
+def _input_files(options: BuildOptions) -> list[Path]:
+    if options.dataset is not None:
+        return named_dataset(options.dataset, options.dataset_config, options.dataset_split)
+    return find_sources(
         options.inputs, language=options.language, split=options.split, release=options.release
     )
-    tokenizer_sha256 = tokenizer_hash(options.tokenizer)
-    work, vocab_size, pad_token = _check_tokenizer(options)
-    with ArtifactWriter(options.output, KIND, recipe=_recipe(options)) as artifact:
-        with Ledger(paths, artifact.path / REJECTS_NAME, options.block_size) as ledger:
-            selected, sampling = _sample(paths, options, work, ledger)
-            writer = ShardWriter(
-                artifact.path, block_size=options.block_size, vocab_size=vocab_size
-            )
-            packer = _make_packer(options, pad_token, writer)
-            _write_rows(paths, options, work, selected, ledger, writer, packer)
-            dropped = packer.dropped_tail_tokens
-            ledger.check(options.max_reject_fraction, writer.num_rows, dropped)
-        num_text_bytes, num_dropped = ledger.kept_text(dropped)
-        artifact.payload = token_set_payload(
-            block_size=options.block_size,
-            vocab_size=vocab_size,
-            num_rows=writer.num_rows,
-            num_documents=ledger.num_documents,
-            num_text_bytes=num_text_bytes,
-            tokenizer_sha256=tokenizer_sha256,
-            shards=writer.close(),
-            num_padding_tokens=packer.num_padding_tokens,
-        ) | {
-            "tokenizer_path": str(options.tokenizer.resolve()),
-            "document_end": {"policy": options.document_end, "token_id": work.end_token},
-            "packing": {
-                "method": packer.METHOD,
-                "version": packer.VERSION,
-                "dropped_tail_tokens": dropped,
-                "dropped_tail_documents": num_dropped,
-            },
-            "row_shares": _row_shares(packer, writer.num_rows, ledger.num_documents),
-            "chat": options.chat,
-            "text": {"escapes": options.escapes, "special_tokens": "as_text"},
-            "documents": _document_counts(ledger),
-            "sampling": sampling,
-            "sources": ledger.sources,
-            "rejects": ledger.rejects_payload(options.max_reject_fraction),
-        }
-        artifact.inputs = {"tokenizer": tokenizer_sha256} | {
-            source["path"]: source["sha256"] for source in ledger.sources
-        }
-    return artifact.payload
 
 
-def _check_tokenizer(options: BuildOptions) -> tuple[TokenizeOptions, int, int]:
-    """Return what workers must know, vocabulary size and pad id; refuse what cannot work."""
-    tokenizer = load_tokenizer(options.tokenizer)
-    if options.chat and not tokenizer.chat_template:
-        raise ConfigError(
-            f"--chat needs a chat template, the tokenizer in {options.tokenizer} has none; use the"
-            " tokenizer of an instruct model."
-        )
-    work = TokenizeOptions(
-        tokenizer=options.tokenizer,
-        chat=options.chat,
-        end_token=end_token_id(tokenizer, options.document_end, options.tokenizer),
-        undo_escapes=options.escapes == "undo",
-        max_document_tokens=options.max_document_tokens,
-        text_field=options.text_field,
-    )
-    vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-    return work, vocab_size, padding_token_id(tokenizer)
-
-
-def _recipe(options: BuildOptions) -> dict[str, Any]:
-    fields = asdict(options)
-    return {
-        name: str(value) if isinstance(value, Path) else value for name, value in fields.items()
-    }
-
-
-def _make_packer(options: BuildOptions, pad_token: int, writer: ShardWriter) -> Packer:
-    batch = rows_per_batch(options.block_size)
-    if options.packing == "best-fit":
-        return BestFitPacker(options.block_size, batch, writer.dtype, pad_id=pad_token)
-    return ConcatPacker(options.block_size, batch, writer.dtype)
-
-
-def _row_shares(packer: Packer, num_rows: int, num_documents: int) -> dict[str, Any]:
-    """Return what packing made of the documents: measured, not promised."""
-    return {
-        "num_pieces": packer.num_pieces,
-        "num_padding_tokens": packer.num_padding_tokens,
-        "padding_share": packer.num_padding_tokens / (num_rows * packer.block_size),
-        "num_cut_documents": packer.num_cut_documents,
-        "cut_share": packer.num_cut_documents / num_documents,
-    }
-
-
-def _document_counts(ledger: Ledger) -> dict[str, int]:
-    chats = ledger.counts["chat_documents"]
-    return {
-        "num_chats": chats,
-        "num_plain": ledger.num_documents - chats,
-        "num_empty": ledger.counts["empty_documents"],
-        "num_truncated": ledger.counts["truncated_documents"],
-    }
-
-
-def _sample(
-    paths: Sequence[Path], options: BuildOptions, work: TokenizeOptions, ledger: Ledger
-) -> tuple[np.ndarray | None, dict[str, int] | None]:
-    """Choose documents in a first pass over the input, if a number was asked for."""
-    if not options.max_documents:
-        return None, None
-    with _progress(paths, "sample", options) as progress:
-        selected, num_candidates = select_documents(
-            _read_lines(paths, options.read, ledger, progress),
-            max_documents=options.max_documents,
-            seed=options.seed,
-            read=lambda index, line: read_document(
-                line, work, plain_text=is_plain_text(paths[index])
-            ),
-            on_reject=ledger.reject,
-        )
-    return selected, {
-        "max_documents": options.max_documents,
-        "seed": options.seed,
-        "num_candidates": num_candidates,
-    }
-
-
-def _write_rows(
-    paths: Sequence[Path],
-    options: BuildOptions,
-    work: TokenizeOptions,
-    selected: np.ndarray | None,
-    ledger: Ledger,
-    writer: ShardWriter,
-    packer: Packer,
-) -> None:
-    """Tokenise, pack and write all documents."""
-    with _progress(paths, "build", options) as progress:
-        units = _units(_read_lines(paths, options.read, ledger, progress), paths, selected)
-        for result in tokenize_units(units, work, num_processes=_num_processes(paths, options)):
-            ledger.add(result)
-            doc_ids = result.doc_lines.astype(np.uint64) | np.uint64(result.file_index << LINE_BITS)
-            for rows in packer.add(result.tokens, result.doc_lens, doc_ids):
-                writer.append(rows)
-        for rows in packer.finish():
-            writer.append(rows)
-
-
-def _progress(paths: Sequence[Path], label: str, options: BuildOptions) -> Progress:
-    total = sum(path.stat().st_size for path in paths)
-    return Progress(total, label, unit="byte", log_path=options.log)
-
-
-def _read_lines(
-    paths: Sequence[Path], options: ReadOptions, ledger: Ledger, progress: Progress
-) -> Iterator[tuple[int, Line]]:
-    """Yield ``(file index, line)`` of the whole input, in order."""
-    done = reported = 0
-    for index, path in enumerate(paths):
-        num_lines = 0
-        with SourceReader(path, options) as reader:
-            for line in reader.lines():
-                num_lines += 1
-                yield index, line
-                if done + reader.num_bytes - reported >= _REPORT_BYTES:
-                    reported = done + reader.num_bytes
-                    progress.update(reported, path.name)
-            ledger.finish_source(index, reader, num_lines)
-            done += reader.num_bytes
-    if reported < done:
-        progress.update(done)
-
-
-def _units(
-    lines: Iterator[tuple[int, Line]], paths: Sequence[Path], selected: np.ndarray | None
-) -> Iterator[Unit]:
-    """Group chosen lines into units of about ``_UNIT_BYTES``, each from one file."""
-    unit = Unit(0, [])
-    num_bytes = 0
-    next_choice = 0
-    for file_index, line in lines:
-        if selected is not None:
-            if next_choice == len(selected):
-                continue
-            if int(selected[next_choice]) != pack_doc_id(file_index, line.number):
-                continue
-            next_choice += 1
-        if unit.lines and (file_index != unit.file_index or num_bytes >= _UNIT_BYTES):
-            yield unit
-            unit, num_bytes = Unit(file_index, []), 0
-        if not unit.lines:
-            unit = Unit(file_index, [], is_plain_text(paths[file_index]))
-        unit.lines.append(line)
-        num_bytes += len(line.data)
-    if unit.lines:
-        yield unit
-
-
-def _num_processes(paths: Sequence[Path], options: BuildOptions) -> int:
-    """Return how many processes tokenise; small input is not worth starting any.
+def _local_team(paths: Sequence[Path], options: BuildOptions) -> Team:
+    """Return the processes on this machine; small input is not worth starting any.
 
     In one process the tokenizer may use threads, unless one process was asked for.
     """
@@ -316,4 +145,222 @@ def _num_processes(paths: Sequence[Path], options: BuildOptions) -> int:
         chosen = 1
     use_threads = chosen == 1 and options.num_processes is None
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if use_threads else "false"
-    return chosen
+    return Team() if chosen == 1 else Pool(chosen, work)
+
+
+class _Job:
+    """One build, seen from the process that merges."""
+
+    def __init__(self, options: BuildOptions, paths: Sequence[Path], scratch: Scratch) -> None:
+        self.options = options
+        self.tokenizer_sha256 = tokenizer_hash(options.tokenizer)
+        tokenizer = load_tokenizer(options.tokenizer)
+        if options.chat and not tokenizer.chat_template:
+            raise ConfigError(
+                f"--chat needs a chat template, the tokenizer in {options.tokenizer} has none; use"
+                " the tokenizer of an instruct model."
+            )
+        self.end_token = end_token_id(tokenizer, options.document_end, options.tokenizer)
+        self.pad_token = padding_token_id(tokenizer)
+        self.vocab_size = vocabulary_size(tokenizer)
+        evaluation, self.decontamination = index_evaluation(
+            options.decontaminate, options.decontaminate_ngram, scratch.folder, options.read
+        )
+        self.order = WorkOrder(
+            folder=scratch.folder,
+            run=scratch.run,
+            sources=tuple(Source.of(index, path) for index, path in enumerate(paths)),
+            read=options.read,
+            documents=DocumentOptions(
+                chat=options.chat,
+                undo_escapes=options.escapes == "undo",
+                text_field=options.text_field,
+                filters=options.filters,
+                evaluation=evaluation,
+            ),
+            tokenize=TokenizeOptions(
+                tokenizer=spec_of(tokenizer, options.tokenizer, chat=options.chat),
+                end_token=self.end_token,
+                max_document_tokens=options.max_document_tokens,
+                min_document_tokens=options.min_document_tokens,
+            ),
+            survey=options.needs_survey,
+            near=options.deduplicate == "near",
+            unit_bytes=_UNIT_BYTES,
+            fence=self._fence(template_hash(tokenizer), evaluation),
+        )
+        self.ledger = Ledger(self.order.sources)
+
+    def _fence(self, template: str, evaluation: Path | None) -> str:
+        """Return a hash of all that decides the result of a unit, beside its lines."""
+        options = self.options
+        settings: dict[str, Any] = {name: getattr(options, name) for name in _UNIT_SETTINGS} | {
+            "version": _UNIT_VERSION,
+            "unit_bytes": _UNIT_BYTES,
+            "tokenizer": self.tokenizer_sha256,
+            "template": template if options.chat else None,
+            "end_token": self.end_token,
+            "ngram": options.decontaminate_ngram,
+            "evaluation": None if evaluation is None else evaluation.name,
+            "near": options.deduplicate == "near",
+            "survey": options.needs_survey,
+        }
+        for package in ("tokenizers", "sentencepiece", "transformers"):
+            settings[package] = importlib.metadata.version(package)
+        return hash_bytes(canonical_json(settings))[:16]
+
+    def run(self, team: Team) -> dict[str, Any]:
+        """Do the work with ``team``, publish, return the payload of the token set."""
+        options = self.options
+        chosen, sampling = self._choose(team)
+        with ExitStack() as stack:
+            artifacts = [
+                stack.enter_context(ArtifactWriter(path, KIND, recipe=options.recorded()))
+                for path in options.outputs
+            ]  # published in reverse, so that the first one says that all are there
+            outputs = [self._output(artifact.path) for artifact in artifacts]
+            with self._progress("build") as progress:
+                merger = TokenMerger(
+                    outputs,
+                    self.ledger,
+                    holdout_fraction=options.holdout_fraction,
+                    seed=options.seed,
+                    max_tokens=options.max_tokens,
+                    progress=progress,
+                )
+                run_merging(token_stage(self.order, team, chosen), team, merger)
+            self.ledger.check(
+                options.max_reject_fraction, sum(output.num_documents for output in outputs)
+            )
+            for artifact, output in zip(artifacts, outputs, strict=True):
+                output.finish(artifact.directory)
+                self.ledger.write_rejects(artifact.path / REJECTS_NAME)
+                artifact.payload = self._payload(output, outputs, sampling)
+                artifact.inputs = {"tokenizer": self.tokenizer_sha256} | {
+                    source["path"]: source["sha256"] for source in self.ledger.sources
+                }
+            payload = artifacts[0].payload
+        return payload
+
+    def _progress(self, label: str) -> Progress:
+        total = sum(source.path.stat().st_size for source in self.order.sources)
+        return Progress(total, label, unit="byte", log_path=self.options.log)
+
+    def _choose(self, team: Team) -> tuple[list[np.ndarray] | None, dict[str, int] | None]:
+        """Choose documents in a first pass over the input, if one is needed."""
+        options = self.options
+        if not options.needs_survey:
+            return None, None
+        with self._progress("survey") as progress:
+            merger = SurveyMerger(self.ledger, progress)
+            run_merging(survey_stage(self.order, team), team, merger)
+        chosen, num_candidates = merger.choose(
+            deduplicate=options.deduplicate,
+            near_threshold=options.near_threshold,
+            max_documents=options.max_documents,
+            seed=options.seed,
+            num_sources=len(self.order.sources),
+        )
+        publish_choice(self.order, chosen)
+        if not options.max_documents:
+            return chosen, None
+        return chosen, {
+            "max_documents": options.max_documents,
+            "seed": options.seed,
+            "num_candidates": num_candidates,
+        }
+
+    def _output(self, folder: Path) -> Output:
+        options = self.options
+        writer = ShardWriter(folder, block_size=options.block_size, vocab_size=self.vocab_size)
+        batch = rows_per_batch(options.block_size)
+        packer: Packer
+        if options.packing == "best-fit":
+            packer = BestFitPacker(options.block_size, batch, writer.dtype, pad_id=self.pad_token)
+        else:
+            packer = ConcatPacker(options.block_size, batch, writer.dtype)
+        return Output(writer, packer, len(self.order.sources))
+
+    def _payload(
+        self, output: Output, outputs: Sequence[Output], sampling: dict[str, int] | None
+    ) -> dict[str, Any]:
+        options, ledger, packer = self.options, self.ledger, output.packer
+        num_text_bytes, num_dropped = output.kept_text()
+        return token_set_payload(
+            block_size=options.block_size,
+            vocab_size=self.vocab_size,
+            num_rows=output.writer.num_rows,
+            num_documents=output.num_documents,
+            num_text_bytes=num_text_bytes,
+            tokenizer_sha256=self.tokenizer_sha256,
+            shards=output.writer.close(),
+            num_padding_tokens=packer.num_padding_tokens,
+        ) | {
+            "tokenizer_path": str(options.tokenizer.resolve()),
+            "document_end": {"policy": options.document_end, "token_id": self.end_token},
+            "packing": {
+                "method": packer.METHOD,
+                "version": packer.VERSION,
+                "dropped_tail_tokens": packer.dropped_tail_tokens,
+                "dropped_tail_documents": num_dropped,
+            },
+            "row_shares": _row_shares(output),
+            "chat": options.chat,
+            "text": {"escapes": options.escapes, "special_tokens": "as_text"},
+            "documents": {
+                "num_chats": output.num_chats,
+                "num_plain": output.num_documents - output.num_chats,
+                "num_empty": ledger.counts["empty_documents"],
+                "num_truncated": ledger.counts["truncated_documents"],
+            },
+            "dropped": ledger.dropped_payload(),
+            "deduplication": _deduplication(options),
+            "decontamination": self.decontamination,
+            "max_tokens": options.max_tokens,
+            "holdout": _holdout(options, output, outputs),
+            "sampling": sampling,
+            "sources": [
+                source | {"num_documents": count}
+                for source, count in zip(ledger.sources, output.documents, strict=True)
+            ],
+            "rejects": ledger.rejects_payload(options.max_reject_fraction),
+        }
+
+
+def _row_shares(output: Output) -> dict[str, Any]:
+    """Return what packing made of the documents: measured, not promised."""
+    packer = output.packer
+    num_tokens = output.writer.num_rows * packer.block_size
+    return {
+        "num_pieces": packer.num_pieces,
+        "num_padding_tokens": packer.num_padding_tokens,
+        "padding_share": packer.num_padding_tokens / num_tokens,
+        "num_cut_documents": packer.num_cut_documents,
+        "cut_share": packer.num_cut_documents / output.num_documents,
+    }
+
+
+def _deduplication(options: BuildOptions) -> dict[str, Any]:
+    found: dict[str, Any] = {"method": options.deduplicate}
+    if options.deduplicate == "near":
+        found |= {
+            "threshold": options.near_threshold,
+            "rensa": importlib.metadata.version("rensa"),
+        }
+    return found
+
+
+def _holdout(
+    options: BuildOptions, output: Output, outputs: Sequence[Output]
+) -> dict[str, Any] | None:
+    """Return which part this set is and how many documents the other one has."""
+    if not options.holdout_fraction:
+        return None
+    return {
+        "part": "train" if output is outputs[0] else "holdout",
+        "fraction": options.holdout_fraction,
+        "seed": options.seed,
+        "num_documents_of_other_part": sum(
+            other.num_documents for other in outputs if other is not output
+        ),
+    }

@@ -45,6 +45,7 @@ class ReadOptions:
         chat: Read the column ``messages`` of tables as well.
         text_documents: What a document is in plain text: ``line``, ``paragraph`` (lines between
             blank ones) or ``file``.
+        all_columns: Read every column of tables.
     """
 
     max_line_bytes: int = 256 << 20
@@ -53,6 +54,7 @@ class ReadOptions:
     text_field: str = "text"
     chat: bool = False
     text_documents: str = "line"
+    all_columns: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +333,8 @@ class SourceReader:
         self._table_bytes = size
 
     def _columns(self, schema: Any) -> list[str]:
+        if self._options.all_columns:
+            return list(schema.names)
         wanted = [self._options.text_field, *(["messages"] if self._options.chat else [])]
         found = [name for name in wanted if name in schema.names]
         if not found:

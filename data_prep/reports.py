@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.tokenise import load_tokenizer
+from data_prep.encoding import load_tokenizer
 from forgetscale.data import TokenSet, require_same_tokenizer
 from forgetscale.errors import ConfigError, DataError
 
@@ -30,10 +30,8 @@ class RowReader:
             raise ConfigError(
                 f"{token_set.path} does not say which tokenizer made it; pass --tokenizer."
             )
-        if not Path(folder).is_dir():
-            raise DataError(
-                f"tokenizer folder {folder} is gone; pass its new place with --tokenizer."
-            )
+        if not Path(folder).exists():
+            raise DataError(f"tokenizer {folder} is gone; pass its new place with --tokenizer.")
         require_same_tokenizer(token_set, Path(folder))
         self._token_set = token_set
         self._tokenizer = load_tokenizer(Path(folder))
@@ -96,6 +94,8 @@ def collect_stats(directory: Path) -> dict[str, Any]:
         "document_end": payload["document_end"],
         "chat": payload["chat"],
         "rejects": payload["rejects"],
+        "dropped": payload.get("dropped", {}).get("by_reason", {}),
+        "holdout": payload.get("holdout"),
         "escapes_undone": _sum_escapes(payload["sources"]),
         "tokenizer_sha256": token_set.tokenizer_sha256,
         "content_hash": token_set.content_hash,

@@ -1,63 +1,96 @@
-"""Seeded choice of documents, independent of how the input is read."""
+"""Choice of documents after a first pass: no duplicates, a seeded sample."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 
-from data_prep.readers import Line
-from data_prep.records import BadRecordError, Document
-from forgetscale.data import pack_doc_id
+from data_prep.duplicates import exact_duplicates, near_duplicates
+from data_prep.engine import Source
+from data_prep.ledger import Ledger
+from data_prep.units import UnitResult
+from forgetscale.data.format import LINE_BITS
 from forgetscale.data.order import Permutation
+from forgetscale.progress import Progress
 
-_BLOCK = 1 << 16
 _ID_SPACE = 1 << 62
 
 
-def select_documents(
-    lines: Iterator[tuple[int, Line]],
-    *,
-    max_documents: int,
-    seed: int,
-    read: Callable[[int, Line], Document],
-    on_reject: Callable[[int, int, str], None],
-) -> tuple[np.ndarray, int]:
-    """Choose ``max_documents`` of the usable lines, each set of that size being equally likely.
-
-    A line is chosen if its document id is among the smallest after a seeded permutation of all
-    ids, so the choice depends on the seed and the input files alone.
+class SurveyMerger:
+    """Collect what was found about each document.
 
     Args:
-        lines: ``(file index, line)`` of the whole input.
-        max_documents: Documents wanted; all are taken if there are fewer.
-        seed: Any integer >= 0.
-        read: Returns the document of a line of a file, or raises ``BadRecordError``.
-        on_reject: Called with file index, line number and reason for each bad line.
-
-    Returns:
-        Ids of the chosen documents, sorted, and how many there were to choose from.
+        ledger: Counts of the input.
+        progress: Told how many stored bytes were seen.
     """
+
+    def __init__(self, ledger: Ledger, progress: Progress) -> None:
+        self._ledger = ledger
+        self._progress = progress
+        self._found: dict[str, list[np.ndarray]] = {"ids": [], "hashes": [], "signatures": []}
+        self._bytes_before = 0
+        self._bytes_here = 0
+
+    def add(self, source: Source, unit: int, result: UnitResult) -> bool:
+        """Take a result."""
+        self._bytes_here += result.stored_bytes
+        self._progress.update(self._bytes_before + self._bytes_here, source.path.name)
+        self._ledger.add(source, result)
+        self._found["ids"].append(result.arrays["lines"] | np.int64(source.index << LINE_BITS))
+        self._found["hashes"].append(result.arrays["hashes"])
+        if "signatures" in result.arrays:
+            self._found["signatures"].append(result.arrays["signatures"])
+        return True
+
+    def finish_source(self, source: Source, description: dict[str, Any]) -> None:
+        """Note the end of a file."""
+        self._ledger.finish_source(source, description)
+        self._bytes_before += description["size"]
+        self._bytes_here = 0
+        self._progress.update(self._bytes_before)
+
+    def choose(
+        self,
+        *,
+        deduplicate: str,
+        near_threshold: float,
+        max_documents: int | None,
+        seed: int,
+        num_sources: int,
+    ) -> tuple[list[np.ndarray], int]:
+        """Return the chosen lines of each source, sorted, and how many there were to sample from.
+
+        Duplicates go first, then the sample is drawn from what is left.
+        """
+        if not self._found["ids"]:
+            return [np.empty(0, np.int64) for _ in range(num_sources)], 0
+        ids = np.concatenate(self._found["ids"])
+        if deduplicate != "none":
+            repeated = exact_duplicates(np.concatenate(self._found["hashes"]))
+            self._ledger.dropped["exact_duplicate"] += int(repeated.sum())
+            ids = ids[~repeated]
+            if deduplicate == "near":
+                signatures = np.concatenate(self._found["signatures"])[~repeated]
+                close = near_duplicates(signatures, near_threshold)
+                self._ledger.dropped["near_duplicate"] += int(close.sum())
+                ids = ids[~close]
+        num_candidates = len(ids)
+        if max_documents:
+            ids = sample_ids(ids, max_documents, seed)
+            self._ledger.dropped["not_sampled"] += num_candidates - len(ids)
+        owners, lines = ids >> LINE_BITS, ids & ((1 << LINE_BITS) - 1)
+        return [lines[owners == index] for index in range(num_sources)], num_candidates
+
+
+def sample_ids(ids: Int64[np.ndarray, " documents"], count: int, seed: int) -> np.ndarray:
+    """Return ``count`` of the ids, sorted, each set of that size being equally likely.
+
+    An id is chosen if it is among the smallest after a seeded permutation of all ids, so the
+    choice depends on the seed and the documents alone. All are chosen if there are fewer.
+    """
+    if len(ids) <= count:
+        return ids
     rank = Permutation(_ID_SPACE, f"sample:{seed}")
-    chosen = np.empty(0, np.int64)
-    block: list[int] = []
-    num_candidates = 0
-    for file_index, line in lines:
-        try:
-            document = read(file_index, line)
-        except BadRecordError as error:
-            on_reject(file_index, line.number, str(error))
-            continue
-        if document.messages or document.text:
-            num_candidates += 1
-            block.append(pack_doc_id(file_index, line.number))
-        if len(block) == _BLOCK:
-            chosen = _smallest(rank, np.concatenate([chosen, block]), max_documents)
-            block = []
-    chosen = _smallest(rank, np.concatenate([chosen, np.array(block, np.int64)]), max_documents)
-    return np.sort(chosen), num_candidates
-
-
-def _smallest(rank: Permutation, ids: np.ndarray, count: int) -> np.ndarray:
-    ids = ids.astype(np.int64)
-    return ids if len(ids) <= count else ids[np.argsort(rank(ids))[:count]]
+    return np.sort(ids[np.argsort(rank(ids))[:count]])

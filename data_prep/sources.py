@@ -149,3 +149,30 @@ def _matching_files(pattern: str) -> list[Path]:
 def estimate_text_bytes(paths: Sequence[Path]) -> int:
     """Return about how many bytes the files hold once decompressed."""
     return sum(int(path.stat().st_size * _RATIOS.get(path.suffix, 1.0)) for path in paths)
+
+
+def named_dataset(name: str, config: str | None, split: str) -> list[Path]:
+    """Return the Arrow files of a dataset from the Hugging Face hub, or of a local folder.
+
+    The files are fetched into the cache of ``datasets`` once; no code from the hub is run.
+
+    Args:
+        name: Such as ``allenai/c4``, or a folder that ``datasets.load_dataset`` reads.
+        config: Configuration of the dataset, or None.
+        split: Such as ``train``.
+
+    Raises:
+        DataError: It cannot be had: no network, no such name, or it needs its own code.
+    """
+    import datasets
+
+    try:
+        found = datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"dataset {name} cannot be loaded ({type(error).__name__}: {reason}); check name,"
+            " --dataset-config, --dataset-split and the network, or copy its files and give them"
+            " with --input."
+        ) from error
+    return [Path(entry["filename"]) for entry in found.cache_files]

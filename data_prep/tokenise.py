@@ -1,312 +1,328 @@
-"""Units of lines to tokens, in this process or in several, always in order."""
+"""Units of lines to tokens, or to what the choice of documents needs to know about them."""
 
 from __future__ import annotations
 
 import json
-import os
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from multiprocessing import connection, get_context, parent_process
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers import logging as transformers_logging
 
+from data_prep.duplicates import NUM_POSITIONS, hash_array, signature, text_hash
+from data_prep.encoding import Encoder, TokenizerSpec
+from data_prep.filters import DocumentFilter, FilterOptions
 from data_prep.readers import Line
 from data_prep.records import BadRecordError, Document, parse_record, parse_text, undo_escapes
-from forgetscale.errors import ConfigError, DataError, ForgetScaleError
+from data_prep.units import PIECE_CHARACTERS, UNIT_BYTES, Part, Unit, UnitResult, cut_text
 
-_NO_LIMIT = 1 << 60
+
+@dataclass(frozen=True, slots=True)
+class DocumentOptions:
+    """How lines become documents and which are left out.
+
+    Attributes:
+        chat: Render ``messages`` with the chat template.
+        undo_escapes: Undo MADLAD-400 escapes in the text of records.
+        text_field: Field that holds the text.
+        filters: Conditions on a document; None where they were checked before.
+        evaluation: File of n-gram hashes of evaluation texts, or None.
+    """
+
+    chat: bool
+    undo_escapes: bool
+    text_field: str = "text"
+    filters: FilterOptions | None = None
+    evaluation: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizeOptions:
-    """What a worker must know.
+    """How documents become tokens.
 
     Attributes:
-        tokenizer: Folder that ``AutoTokenizer`` loads.
-        chat: Render ``messages`` with the chat template.
+        tokenizer: Which one.
         end_token: Id appended to each document, or None.
-        undo_escapes: Undo MADLAD-400 escapes in ``text``.
         max_document_tokens: Longer documents are cut to this many tokens; None: never.
-        text_field: Field that holds the text.
+        min_document_tokens: Shorter documents are left out; None: none are.
     """
 
-    tokenizer: Path
-    chat: bool
+    tokenizer: TokenizerSpec
     end_token: int | None
-    undo_escapes: bool
-    max_document_tokens: int | None
-    text_field: str = "text"
+    max_document_tokens: int | None = None
+    min_document_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """Some lines of one file: the piece of work handed to a worker."""
+class _Found:
+    """A document that stays."""
 
-    file_index: int
-    lines: list[Line]
-    plain_text: bool = False
-    """Whether lines are text themselves and not JSON objects."""
-
-
-@dataclass(slots=True)
-class TokenizedUnit:
-    """Documents of a unit, one after another, and what was found on the way."""
-
-    file_index: int
-    tokens: np.ndarray
-    doc_lens: np.ndarray
-    """``[documents]`` tokens, end token included."""
-    doc_lines: np.ndarray
-    """``[documents]`` line numbers."""
-    doc_bytes: np.ndarray
-    """``[documents]`` UTF-8 bytes of the text, in proportion where it was cut."""
-    rejects: list[tuple[int, str]] = field(default_factory=list)
-    escapes: Counter[str] = field(default_factory=Counter)
-    counts: Counter[str] = field(default_factory=Counter)
+    line: int
+    document: Document
+    text: str
+    """What filters and hashes look at: escapes undone, or the messages."""
+    escapes: Counter[str]
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """Load the tokenizer of a local folder, without network and without code from it.
+class DocumentReader:
+    """Lines to the documents that stay; the others are counted with their reason.
 
-    Raises:
-        DataError: The folder does not load.
+    Args:
+        options: How.
     """
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    description = Path(directory) / "tokenizer.json"
-    try:
-        if description.is_file():
-            json.loads(description.read_bytes())
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
+
+    def __init__(self, options: DocumentOptions) -> None:
+        self._options = options
+        self._filter = (
+            None if options.filters is None else DocumentFilter(options.filters, options.evaluation)
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"the tokenizer in {directory} does not load ({reason}); give a folder that"
-            " AutoTokenizer.from_pretrained loads."
-        ) from error
-    tokenizer.model_max_length = _NO_LIMIT
-    return tokenizer
 
+    def read(self, unit: Unit, result: UnitResult) -> list[_Found]:
+        """Return the documents of ``unit`` that stay; note the others in ``result``."""
+        found = []
+        result.num_lines, result.stored_bytes = len(unit.lines), unit.stored_bytes
+        for line in unit.lines:
+            try:
+                one = self.parse(line, plain_text=unit.plain_text)
+            except BadRecordError as error:
+                result.rejects.append((line.number, str(error)))
+                continue
+            if not one.text:
+                result.counts["empty_documents"] += 1
+            elif (reason := self.reason_to_drop(one)) is not None:
+                result.dropped[reason] += 1
+            else:
+                found.append(one)
+        return found
 
-def end_token_id(tokenizer: Any, policy: str, directory: Path) -> int | None:
-    """Return the id that ends a document under ``policy`` (``eos`` or ``none``).
+    def parse(self, line: Line, *, plain_text: bool) -> _Found:
+        """Return the document of a line.
 
-    Raises:
-        ConfigError: The policy is ``eos`` and the tokenizer has no such token.
-    """
-    if policy == "none":
-        return None
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"the tokenizer in {directory} has no end-of-sequence token; set eos_token in its"
-            " tokenizer_config.json or pass --document-end none."
-        )
-    return int(tokenizer.eos_token_id)
+        Raises:
+            BadRecordError: It holds none; the message says why.
+        """
+        options = self._options
+        if line.reject:
+            raise BadRecordError(line.reject)
+        if plain_text:
+            document = parse_text(line.data)
+        else:
+            document = parse_record(line.data, chat=options.chat, field=options.text_field)
+        if document.messages:
+            shown = json.dumps(document.messages, ensure_ascii=False, sort_keys=True)
+            return _Found(line.number, document, shown, Counter())
+        if plain_text or not options.undo_escapes:
+            return _Found(line.number, document, document.text, Counter())
+        text, escapes = undo_escapes(document.text)
+        return _Found(line.number, document, text, escapes)
 
+    def reason_to_drop(self, found: _Found) -> str | None:
+        """Return why a document is left out, or None."""
+        if self._filter is None:
+            return None
+        messages = found.document.messages
+        text = "\n".join(turn["content"] for turn in messages) if messages else found.text
+        return self._filter.reason_to_drop(text)
 
-def padding_token_id(tokenizer: Any) -> int:
-    """Return the id for padding: the pad token, else the end-of-sequence token, else 0."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
+    def split(self, line: Line, number: int, *, plain_text: bool) -> list[Unit]:
+        """Return a long line as units of pieces of its text, or as one unit where it is none.
 
-
-def plain_backend(tokenizer: Any) -> Any | None:
-    """Return the Rust tokenizer if calling it directly gives what the Python class gives.
-
-    It does where the class changes nothing on the way (truncation and padding switched off): the
-    same ids without offsets, 1.3 times as fast. None for slow tokenizers and for classes with
-    their own encoding.
-    """
-    kind, plain = type(tokenizer), PreTrainedTokenizerFast
-    if not isinstance(tokenizer, plain):
-        return None
-    if kind.__call__ is not plain.__call__ or kind._encode_plus is not plain._encode_plus:
-        return None
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def read_document(line: Line, options: TokenizeOptions, *, plain_text: bool) -> Document:
-    """Return the document of a line.
-
-    Raises:
-        BadRecordError: It holds none; the message says why.
-    """
-    if line.reject:
-        raise BadRecordError(line.reject)
-    if plain_text:
-        return parse_text(line.data)
-    return parse_record(line.data, chat=options.chat, field=options.text_field)
+        Args:
+            line: The line.
+            number: Number of the first of the units.
+            plain_text: Whether the line is text itself.
+        """
+        whole = [Unit(number, [line], plain_text)]
+        try:
+            found = self.parse(line, plain_text=plain_text)
+        except BadRecordError:
+            return whole
+        if found.document.messages or self.reason_to_drop(found) is not None:
+            return whole
+        groups: list[list[Line]] = [[]]
+        size = 0
+        for piece in cut_text(found.text):
+            data = piece.encode("utf-8")
+            if groups[-1] and size + len(data) > UNIT_BYTES:
+                groups.append([])
+                size = 0
+            groups[-1].append(Line(line.number, data))
+            size += len(data)
+        if len(groups) == 1:
+            return whole
+        digest = text_hash(found.text).hex()
+        return [
+            Unit(
+                number + index,
+                group,
+                plain_text,
+                part=Part(index, len(groups), digest, dict(found.escapes)),
+            )
+            for index, group in enumerate(groups)
+        ]
 
 
 class UnitTokenizer:
-    """Turn units into tokens in this process."""
+    """Turn units into tokens in this process.
 
-    def __init__(self, options: TokenizeOptions) -> None:
+    Arrays of a result, documents one after another: ``tokens`` ``[tokens]`` uint32; ``doc_lens``
+    tokens with the end token, ``doc_lines``, ``doc_bytes`` UTF-8 bytes of the text (in proportion
+    where it was cut), ``doc_hash`` half of the text hash, ``doc_chat`` 1 for chats, each
+    ``[documents]``.
+    """
+
+    def __init__(self, documents: DocumentOptions, options: TokenizeOptions) -> None:
+        self.reader = DocumentReader(documents)
+        self.encoder = Encoder(options.tokenizer)
         self._options = options
-        self._tokenizer = load_tokenizer(options.tokenizer)
-        self._backend = plain_backend(self._tokenizer)
 
-    def __call__(self, unit: Unit) -> TokenizedUnit:
+    @property
+    def splits(self) -> bool:
+        """Whether long documents are divided among workers."""
+        options = self._options
+        return options.max_document_tokens is None and options.min_document_tokens is None
+
+    def __call__(self, unit: Unit) -> UnitResult:
         """Return the documents of ``unit``; bad lines become rejects."""
-        rejects: list[tuple[int, str]] = []
-        escapes: Counter[str] = Counter()
-        plain: list[tuple[int, str]] = []
-        chats: list[tuple[int, str]] = []
-        counts: Counter[str] = Counter()
-        for line in unit.lines:
-            try:
-                document = read_document(line, self._options, plain_text=unit.plain_text)
-                if document.messages:
-                    chats.append((line.number, self._render(document)))
-                    continue
-            except BadRecordError as error:
-                rejects.append((line.number, str(error)))
+        result = UnitResult({})
+        if unit.part is not None:
+            return self._part(unit, unit.part, result)
+        documents = self.reader.read(unit, result)
+        plain = [found for found in documents if not found.document.messages]
+        tokens = dict(self._encode_plain(plain))
+        chats: dict[int, str] = {}
+        for found in documents:
+            if found.document.messages:
+                try:
+                    chats[found.line] = self.encoder.render(found.document.messages)
+                except TemplateError as error:
+                    reason = f"refused by the chat template ({error})"
+                    result.rejects.append((found.line, reason))
+        result.rejects.sort()
+        encoded = self.encoder(list(chats.values()), special_as_text=False)
+        tokens |= {line: np.array(ids, np.uint32) for line, ids in zip(chats, encoded, strict=True)}
+        lens, sizes, kept, hashes, is_chat = [], [], [], [], []
+        pieces: list[np.ndarray] = [np.empty(0, np.uint32)]
+        for found in documents:
+            if found.line not in tokens:
                 continue
-            text = document.text
-            if self._options.undo_escapes and not unit.plain_text:
-                text, found = undo_escapes(text)
-                escapes += found
-            plain.append((line.number, text))
-        documents = self._encode(plain, special_as_text=True)
-        documents |= self._encode(chats, special_as_text=False)
-        texts = dict(plain) | dict(chats)
-        counts["chat_documents"] = sum(1 for number, _ in chats if documents[number])
-        kept: list[tuple[int, list[int], int]] = []
-        for number in sorted(documents):
-            if documents[number]:
-                kept.append((number, *self._finish(documents[number], texts[number], counts)))
-            else:
-                counts["empty_documents"] += 1
-        ids = [np.asarray(tokens, dtype=np.uint32) for _, tokens, _ in kept]
-        return TokenizedUnit(
-            file_index=unit.file_index,
-            tokens=np.concatenate([np.empty(0, np.uint32), *ids]),
-            doc_lens=np.array([len(tokens) for tokens in ids], dtype=np.int64),
-            doc_lines=np.array([number for number, _, _ in kept], dtype=np.int64),
-            doc_bytes=np.array([size for _, _, size in kept], dtype=np.int64),
-            rejects=rejects,
-            escapes=escapes,
-            counts=counts,
-        )
+            ids = tokens[found.line]
+            if not len(ids):
+                result.counts["empty_documents"] += 1
+                continue
+            if len(ids) < (self._options.min_document_tokens or 0):
+                result.dropped["too_few_tokens"] += 1
+                continue
+            result.escapes += found.escapes
+            is_chat.append(found.line in chats)
+            text = chats.get(found.line, found.text)
+            ids, size = self._finish(ids, len(text.encode("utf-8")), result)
+            pieces.append(ids)
+            lens.append(len(ids))
+            sizes.append(size)
+            kept.append(found.line)
+            hashes.append(text_hash(found.text))
+        return _filled(result, np.concatenate(pieces), lens, kept, sizes, hashes, is_chat)
 
-    def _render(self, document: Document) -> str:
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                list(document.messages), tokenize=False, add_generation_prompt=False
-            )
-        except TemplateError as error:
-            raise BadRecordError(f"refused by the chat template ({error})") from error
-        return text
-
-    def _encode(
-        self, texts: list[tuple[int, str]], *, special_as_text: bool
-    ) -> dict[int, list[int]]:
-        """Return ids by line number, no special token added.
-
-        A special token spelled out in plain text is encoded as ordinary text, so that raw text
-        cannot forge document ends or chat turns; in rendered chats it is the token.
-        """
-        if not texts:
-            return {}
-        if self._backend is not None:
-            self._backend.encode_special_tokens = special_as_text
-            encodings = self._backend.encode_batch_fast(
-                [text for _, text in texts], add_special_tokens=False
-            )
-            encoded = [encoding.ids for encoding in encodings]
-        else:
-            encoded = self._tokenizer(
-                [text for _, text in texts],
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                split_special_tokens=special_as_text,
-            )["input_ids"]
-        return {number: ids for (number, _), ids in zip(texts, encoded, strict=True)}
-
-    def _finish(self, tokens: list[int], text: str, counts: Counter[str]) -> tuple[list[int], int]:
-        """Cut a document if it is too long, end it, and count the bytes of its text."""
-        num_bytes = len(text.encode("utf-8"))
-        limit = self._options.max_document_tokens
-        if limit is not None and len(tokens) > limit:
-            num_bytes = num_bytes * limit // len(tokens)
-            tokens = tokens[:limit]
-            counts["truncated_documents"] += 1
+    def _part(self, unit: Unit, part: Part, result: UnitResult) -> UnitResult:
+        """Return the tokens of a part of a long document; the first part counts for the whole."""
+        texts = [line.data.decode("utf-8") for line in unit.lines]
+        encoded = self.encoder(texts, special_as_text=True)
+        ids = np.concatenate([np.array(one, np.uint32) for one in encoded])
         end = self._options.end_token
-        if end is not None and tokens[-1] != end:
-            tokens = [*tokens, end]
-        return tokens, num_bytes
+        if part.index == part.count - 1 and end is not None and (not len(ids) or ids[-1] != end):
+            ids = np.append(ids, np.uint32(end))
+        if part.index == 0:
+            result.escapes += Counter(part.escapes)
+            result.num_lines = 1
+            result.counts["split_documents"] = 1
+        result.part = (part.index, part.count)
+        result.stored_bytes = unit.stored_bytes
+        size = sum(len(line.data) for line in unit.lines)
+        digest = bytes.fromhex(part.text_hash)
+        return _filled(result, ids, [len(ids)], [unit.lines[0].number], [size], [digest], [False])
+
+    def _encode_plain(self, documents: list[_Found]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield line and ids of plain documents, very long ones piece by piece."""
+        short = [found for found in documents if len(found.text) <= PIECE_CHARACTERS]
+        encoded = self.encoder([found.text for found in short], special_as_text=True)
+        for found, ids in zip(short, encoded, strict=True):
+            yield found.line, np.array(ids, np.uint32)
+        for found in documents:
+            if len(found.text) > PIECE_CHARACTERS:
+                pieces = [
+                    np.array(self.encoder([piece], special_as_text=True)[0], np.uint32)
+                    for piece in cut_text(found.text)
+                ]
+                yield found.line, np.concatenate(pieces)
+
+    def _finish(
+        self, ids: np.ndarray, num_bytes: int, result: UnitResult
+    ) -> tuple[np.ndarray, int]:
+        """Cut a document if it is too long and end it; return ids and bytes of text."""
+        limit = self._options.max_document_tokens
+        if limit is not None and len(ids) > limit:
+            num_bytes = num_bytes * limit // len(ids)
+            ids = ids[:limit]
+            result.counts["truncated_documents"] += 1
+        end = self._options.end_token
+        if end is not None and ids[-1] != end:
+            ids = np.append(ids, np.uint32(end))
+        return ids, num_bytes
 
 
-_worker: UnitTokenizer | None = None
+def _filled(
+    result: UnitResult,
+    tokens: np.ndarray,
+    lens: list[int],
+    lines: list[int],
+    sizes: list[int],
+    hashes: list[bytes],
+    is_chat: list[bool],
+) -> UnitResult:
+    result.arrays = {
+        "tokens": tokens,
+        "doc_lens": np.array(lens, np.int64),
+        "doc_lines": np.array(lines, np.int64),
+        "doc_bytes": np.array(sizes, np.int64),
+        "doc_hash": hash_array(hashes)[:, 0].copy(),
+        "doc_chat": np.array(is_chat, np.uint8),
+    }
+    return result
 
 
-def _start_worker(options: TokenizeOptions) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = parent_process()
-    if parent is not None:
-        sentinel = parent.sentinel
-        threading.Thread(
-            target=lambda: (connection.wait([sentinel]), os._exit(1)), daemon=True
-        ).start()
-    _worker = UnitTokenizer(options)
+class UnitSurveyor:
+    """Find in each unit what the choice of documents needs; a first pass over the input.
 
-
-def _run_unit(unit: Unit) -> TokenizedUnit:
-    assert _worker is not None
-    return _worker(unit)
-
-
-def tokenize_units(
-    units: Iterator[Unit], options: TokenizeOptions, *, num_processes: int
-) -> Iterator[TokenizedUnit]:
-    """Yield the result of each unit, in order, for any number of processes.
+    Arrays of a result: ``lines``, ``hashes`` ``[documents, 2]`` and, for near duplicates,
+    ``signatures`` ``[documents, 128]`` of the documents that stay so far.
 
     Args:
-        units: Work, read lazily; at most a few units per process are held in memory.
-        options: Same for all workers.
-        num_processes: 1 works in this process, without starting others.
-
-    Raises:
-        ForgetScaleError: A worker process died.
+        documents: How lines become documents.
+        near: Whether signatures are needed.
     """
-    if num_processes == 1:
-        yield from map(UnitTokenizer(options), units)
-        return
-    pending: deque[Future[TokenizedUnit]] = deque()
-    pool = ProcessPoolExecutor(
-        num_processes,
-        mp_context=get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(options,),
-    )
-    try:
-        for unit in units:
-            pending.append(pool.submit(_run_unit, unit))
-            if len(pending) >= 3 * num_processes:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise ForgetScaleError(
-            "a tokenizer process died (often for lack of memory); nothing was written; use fewer"
-            " --num-processes."
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+
+    def __init__(self, documents: DocumentOptions, *, near: bool) -> None:
+        self.reader = DocumentReader(documents)
+        self._near = near
+
+    @property
+    def splits(self) -> bool:
+        """Whether long documents are divided among workers: here a whole one is needed."""
+        return False
+
+    def __call__(self, unit: Unit) -> UnitResult:
+        """Return lines and hashes of the documents of ``unit``."""
+        result = UnitResult({})
+        found = self.reader.read(unit, result)
+        result.arrays = {
+            "lines": np.array([one.line for one in found], np.int64),
+            "hashes": hash_array([text_hash(one.text) for one in found]),
+        }
+        if self._near:
+            rows = [signature(one.text) for one in found]
+            empty = np.empty((0, NUM_POSITIONS), np.uint32)
+            result.arrays["signatures"] = np.stack(rows) if rows else empty
+        return result

@@ -113,13 +113,19 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _seconds() -> float:
+    """Return the time to record: ``SOURCE_DATE_EPOCH`` where set, for reproducible folders."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return float(fixed) if fixed.isdigit() else time.time()
+
+
 def provenance(recipe: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return what made an artefact: command, package versions, commit and resolved recipe."""
     made_by: dict[str, Any] = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "versions": _versions(),
         "commit": _commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_seconds())),
     }
     if recipe is not None:
         made_by["recipe"] = dict(recipe)

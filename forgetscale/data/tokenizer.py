@@ -19,7 +19,9 @@ _DEFINING_FILES = (
 
 
 def tokenizer_files(directory: Path) -> tuple[Path, ...]:
-    """Return the files that define the tokenizer in ``directory``.
+    """Return the files that define the tokenizer in ``directory``, or that it is.
+
+    A file is taken as it is: a raw SentencePiece model.
 
     The first of these that is there complete: ``tokenizer.json``, ``tokenizer.model``,
     ``spiece.model``, ``sentencepiece.bpe.model``, ``vocab.json`` with ``merges.txt``,
@@ -29,6 +31,8 @@ def tokenizer_files(directory: Path) -> tuple[Path, ...]:
         DataError: The folder is missing or holds none of them.
     """
     directory = Path(directory)
+    if directory.is_file():
+        return (directory,)
     if not directory.is_dir():
         raise DataError(
             f"tokenizer folder {directory} does not exist; give a folder with tokenizer.json,"

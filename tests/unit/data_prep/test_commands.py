@@ -95,9 +95,10 @@ def test_full_disk_is_one_sentence(arguments, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("forgetscale.data.writer._HashingFile.write", fail)
     assert main(arguments) == 1
-    message = capsys.readouterr().err.splitlines()[-1]
+    message, note = capsys.readouterr().err.splitlines()[-2:]
+    assert note.startswith(f"note: finished units are kept in {tmp_path / '.set.work'}; the same")
     assert message.startswith(f"error: build stopped at {tmp_path / 'set'}: No space left on dev")
-    assert not [path for path in tmp_path.iterdir() if "set" in path.name]
+    assert [path.name for path in tmp_path.iterdir() if "set" in path.name] == [".set.work"]
 
 
 def test_as_a_process(arguments, tmp_path):
