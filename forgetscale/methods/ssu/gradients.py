@@ -136,7 +136,16 @@ def uniform_numbers(seed: int, block: int, length: int) -> Tensor:
     return torch.rand(length, generator=generator, dtype=torch.float64)
 
 
-def _run_batch(calibration: Calibration, sampled: bool, batch: Batch) -> None:
+def backward_batch(calibration: Calibration, sampled: bool, batch: Batch) -> None:
+    """Carry the gradient of every block's summed loss back through the model.
+
+    Args:
+        calibration: The source model.
+        sampled: Whether labels are drawn from the model.
+        batch: Rows.
+
+    Collective: every rank must call it.
+    """
     ignored = (batch.weight == 0)[:, None]
     ids = batch.input_ids
     if not sampled:
@@ -179,7 +188,7 @@ def fisher_columns(
     def run(batch: Batch) -> None:
         nonlocal length
         length = batch.input_ids.shape[1]
-        _run_batch(calibration, sampled, batch)
+        backward_batch(calibration, sampled, batch)
 
     run_pass(calibration, [squares], run)
     for target in targets:

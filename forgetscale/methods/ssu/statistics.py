@@ -160,8 +160,8 @@ class InputStatistics(_InputObserver):
         """Add the squares of one module's input."""
         assert self._weights is not None
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-        total = self._weights.to(norms.device) @ norms.double().square()
+        squares = rows.float().square().sum(1).double()
+        total = self._weights.to(squares.device) @ squares
         if name in self.sums:
             self.sums[name] += total
         else:
