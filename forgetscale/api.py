@@ -113,10 +113,22 @@ class Calibration(Protocol):
         ``V`` is the number of rows of the embedding. Collective: every rank must call it.
         """
 
+    def target_changes(self, num_steps: int, lr: float) -> ShardSet:
+        """Train a copy of the source model on the target data; return how its weights changed.
+
+        The slices' ``param`` is the change in fp32. The run itself starts from the source weights.
+
+        Args:
+            num_steps: Optimizer steps from the start of the stream, > 0.
+            lr: Constant learning rate, > 0.
+
+        Collective: every rank must call it.
+        """
+
     def provenance(self) -> Mapping[str, Any]:
         """Return hashes of model and calibration data, for the plan's header.
 
-        The target text is named where its tokens were counted.
+        The target text is named where it was looked at.
         """
 
 

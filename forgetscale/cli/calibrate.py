@@ -35,8 +35,8 @@ def run(options: argparse.Namespace) -> None:
         plan = make_plan(recipe, world, source, method, log)
         if plan is None:
             raise ConfigError(
-                f"method.kind {recipe.method.kind} protects nothing, so there is no plan to make;"
-                " choose ssu or hft."
+                f"method.kind {recipe.method.kind} freezes nothing for good, so there is no plan to"
+                " make; choose ssu, hft, lota or s2ft."
             )
         write_plan(output, plan, recipe, world)
         frozen = plan.num_frozen(source.shapes)

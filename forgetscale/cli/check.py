@@ -11,10 +11,11 @@ from typing import Any
 from forgetscale.cli.data_check import check_data
 from forgetscale.cli.inputs import check_inputs
 from forgetscale.cli.recipe_options import add_recipe_options, read_recipe, running_world
-from forgetscale.config import dump_recipe
+from forgetscale.config import HftMethodConfig, S2ftMethodConfig, dump_recipe
 from forgetscale.engine.dry_run import Outlook, look_ahead, mock_steps
 from forgetscale.methods import METHODS
-from forgetscale.methods.hft import draw_half
+from forgetscale.methods.hft import draw_frozen
+from forgetscale.methods.s2ft import draw_plan
 from forgetscale.zero3 import launcher_rank, launcher_world_size
 
 EXAMPLES = """examples:
@@ -85,8 +86,18 @@ def run(options: argparse.Namespace) -> None:
     world_size = options.world_size or launcher_world_size()
 
     def draw(structure: Any) -> frozenset[str]:
-        if recipe.method.kind == "hft":
-            return draw_half(structure, recipe.run.seed)
+        method = recipe.method
+        if isinstance(method, HftMethodConfig):
+            return draw_frozen(structure, recipe.run.seed, method.frozen_fraction)
+        if isinstance(method, S2ftMethodConfig):
+            _, whole = draw_plan(
+                structure,
+                recipe.run.seed,
+                trainable_fraction=method.trainable_fraction,
+                variant=method.variant,
+                ends=method.ends,
+            )
+            return whole
         return frozenset()
 
     outlook = look_ahead(recipe, world_size, draw)

@@ -27,6 +27,16 @@ METHOD_NAMES = (
     "ssu/mag_l2",
     "ssu/mag_l2+shield",
     "ssu/rand",
+    "ssu/paper/row",
+    "ssu/paper/element",
+    "ssu/paper/element-global",
+    "ssu/official/row",
+    "ssu/official/element",
+    "ssu/rand/row",
+    "ssu/rand/element",
+    "gmt",
+    "lota",
+    "s2ft",
 )
 DEFAULT_METHODS = ("sft", "ssu/rand", "ssu/paper")
 BLOCK_SIZE = 64
@@ -53,13 +63,21 @@ DS_CONFIG = {
 def method_section(name: str, calibration: Path) -> dict[str, Any]:
     """Return the recipe's method section for a name such as ``ssu/paper`` or ``ssu/paper+shield``.
 
-    ``+shield`` also freezes the embedding and head rows of tokens the target text never uses.
+    ``ssu/paper/row`` names another axis than columns, ``element-global`` one ranking of all
+    matrices; ``+shield`` also freezes the embedding and head rows of tokens the target text never
+    uses.
     """
     kind, _, rule = name.partition("/")
+    if kind == "lota":
+        return {"kind": kind, "trial_lr": TARGET_LR}
     if kind != "ssu":
         return {"kind": kind}
-    score, _, shield = rule.partition("+")
+    rule, _, shield = rule.partition("+")
+    score, _, direction = rule.partition("/")
+    axis, _, scope = direction.partition("-")
     section: dict[str, Any] = {"kind": "ssu", "frozen_fraction": 0.5, "score": score}
+    if axis:
+        section |= {"axis": axis, "scope": scope or "tensor"}
     if score in DATA_SCORES:
         section["calibration"] = {
             "path": str(calibration),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args
@@ -146,16 +147,92 @@ class HftMethodConfig:
 
     kind: Literal["hft"]
     frozen_fraction: float = 0.5
-    """Only the paper's half is defined."""
+    """Share of each layer's parameters, in [0, 1]; 0.5 is the paper's, see ``group_counts``."""
     plan: Path | None = None
     """A finished plan folder; None draws the plan from ``run.seed``."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        require_fraction("frozen_fraction", self.frozen_fraction)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GmtMethodConfig:
+    """Gradient-mask tuning: in each step only the largest gradients of each tensor count."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["gmt", "gmt_official"]
+    """``gmt`` holds masked weights still in that step; ``gmt_official`` is the published code."""
+    trainable_fraction: float = 0.5
+    """Share of each tensor's elements that a step may change, in [0, 1]; 1 is plain training."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_fraction("trainable_fraction", self.trainable_fraction)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LotaMethodConfig:
+    """Lottery ticket adaptation: only elements that a short trial moves most are trained."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["lota"]
+    trainable_fraction: float = 0.1
+    """Share of the body's elements that may move, in [0, 1]; the paper's sparsity is 1 minus it."""
+    num_trial_steps: int = 100
+    """Optimizer steps of the trial on the target data, > 0."""
+    trial_lr: float = 5.0e-5
+    """Constant learning rate of the trial, > 0."""
+    plan: Path | None = None
+    """A finished plan folder; None runs the trial before training."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_fraction("trainable_fraction", self.trainable_fraction)
         require(
-            self.frozen_fraction == 0.5,
-            f"frozen_fraction must be 0.5 for hft, got {self.frozen_fraction}",
+            self.num_trial_steps > 0, f"num_trial_steps must be > 0, got {self.num_trial_steps}"
+        )
+        require(
+            math.isfinite(self.trial_lr) and self.trial_lr > 0,
+            f"trial_lr must be finite and > 0, got {self.trial_lr}",
         )
 
 
-MethodConfig = Annotated[SftMethodConfig | SsuMethodConfig | HftMethodConfig, Discriminator("kind")]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class S2ftMethodConfig:
+    """Structured sparse fine-tuning: only randomly drawn feed-forward channels are trained."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["s2ft"]
+    trainable_fraction: float = 0.015
+    """Share of all layers' channels (and heads), in [0, 1]; at least one if above 0."""
+    variant: Literal["down", "down_output"] = "down"
+    """``down``: input columns of ``down_proj``; ``down_output``: whole heads of ``o_proj`` too."""
+    ends: Literal["train", "freeze"] = "train"
+    """Embedding and output head: trained, as in the published runs, or frozen."""
+    layout: Literal["compact", "masked"] = "compact"
+    """As for ``ssu``: cut matrices, or whole ones under masks. Same numbers."""
+    plan: Path | None = None
+    """A finished plan folder; None draws the plan from ``run.seed``."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and clashes."""
+        require_fraction("trainable_fraction", self.trainable_fraction)
+        require(
+            self.trainable_fraction > 0 or self.ends == "train",
+            "trainable_fraction is 0 and ends is freeze, so nothing would be trained",
+        )
+
+
+MethodConfig = Annotated[
+    SftMethodConfig
+    | SsuMethodConfig
+    | HftMethodConfig
+    | GmtMethodConfig
+    | LotaMethodConfig
+    | S2ftMethodConfig,
+    Discriminator("kind"),
+]

@@ -17,6 +17,9 @@ from forgetscale.config.data import DataConfig
 from forgetscale.config.methods import MethodConfig
 from forgetscale.config.ranges import STRICT, require
 
+NO_CLIPPING = 1e6
+"""A ``max_grad_norm`` from here on never clips a run that learns."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
@@ -206,6 +209,11 @@ class Recipe:
         require(
             self.model.dtype == "bfloat16" or train.accumulation_dtype == "float32",
             "train.accumulation_dtype must be float32 where model.dtype is float32",
+        )
+        require(
+            self.method.kind != "gmt_official" or self.optim.max_grad_norm >= NO_CLIPPING,
+            "method.kind gmt_official is trained without clipping, as published: set"
+            f" optim.max_grad_norm to {NO_CLIPPING:.0e} or more, got {self.optim.max_grad_norm}",
         )
         require(
             not evaluate.tasks or train.export,

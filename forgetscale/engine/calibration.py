@@ -38,6 +38,8 @@ class SourceCalibration:
         world: This process among all.
         model_hash: Content hash of the source model.
         progress: Makes the progress display from the number of passes.
+        trial: Trains the source model for some steps at a rate; returns the engine, whose masters
+            are the changes. Collective.
     """
 
     structure: nn.Module
@@ -49,8 +51,9 @@ class SourceCalibration:
     world: World
     model_hash: str
     progress: Callable[[int], Progress]
+    trial: Callable[[int, float], ZeroEngine]
     _engine: ZeroEngine | None = field(default=None, init=False)
-    _counted_target: bool = field(default=False, init=False)
+    _used_target: bool = field(default=False, init=False)
 
     def _live(self) -> ZeroEngine:
         if self._engine is None:
@@ -147,7 +150,7 @@ class SourceCalibration:
         except DataError as found:
             error = found
         self.world.agree(error)
-        self._counted_target = True
+        self._used_target = True
         return self.world.sum(counts)
 
     def _count_tokens(self, token_set: TokenSet, size: int) -> Tensor:
@@ -171,8 +174,15 @@ class SourceCalibration:
             counts += torch.bincount(ids.flatten(), minlength=size)
         return counts
 
+    def target_changes(self, num_steps: int, lr: float) -> ZeroShards:
+        """Train a copy of the source model on target data; see ``forgetscale.api.Calibration``."""
+        self.close()
+        self._engine = self.trial(num_steps, lr)
+        self._used_target = True
+        return self._engine.shards
+
     def provenance(self) -> Mapping[str, Any]:
-        """Return hashes of model, calibration data and, where counted, target text."""
+        """Return hashes of model, calibration data and, where it was looked at, target text."""
         found: dict[str, Any] = {"model_hash": self.model_hash}
         if self.config is not None and self.token_set is not None:
             found["calibration"] = {
@@ -180,7 +190,7 @@ class SourceCalibration:
                 "num_blocks": self.config.num_blocks,
                 "micro_batch_size": self.config.micro_batch_size,
             }
-        if self._counted_target:
+        if self._used_target:
             found["target"] = {
                 "content_hash": self.target.content_hash,
                 "num_tokens": self.target.num_tokens,

@@ -19,10 +19,11 @@ from forgetscale.data import (
 from forgetscale.engine.calibration import SourceCalibration
 from forgetscale.engine.metrics import RunLog
 from forgetscale.engine.start import SourceModel, start_engine
+from forgetscale.engine.trial import train_and_subtract
 from forgetscale.errors import ConfigError
 from forgetscale.masks import FreezePlan, load_plan, save_plan
 from forgetscale.progress import Progress
-from forgetscale.zero3 import World
+from forgetscale.zero3 import World, ZeroEngine
 
 PLAN_FOLDER = "plan"
 PLAN_FIELDS = (
@@ -30,6 +31,11 @@ PLAN_FIELDS = (
     "axis",
     "scope",
     "frozen_fraction",
+    "trainable_fraction",
+    "num_trial_steps",
+    "trial_lr",
+    "variant",
+    "ends",
     "vectors",
     "shield_token_ids",
     "shield_rows",
@@ -46,18 +52,29 @@ def calibration_for(
     if config is not None:
         token_set = TokenSet(config.path)
         require_same_tokenizer(token_set, recipe.model.path)
+    target = open_data(recipe.data)
+
+    def progress(total: int) -> Progress:
+        return Progress(total, "calibrate", unit="pass", log_path=log.path, visible=log.visible)
+
+    def trial(num_steps: int, lr: float) -> ZeroEngine:
+        engine = start_engine(recipe, world, source, plan=None, training=True)
+        read = source.folder.read_flat
+        return train_and_subtract(
+            engine, recipe, target, read, progress, num_steps=num_steps, lr=lr
+        )
+
     return SourceCalibration(
         structure=source.skeleton,
         seed=recipe.run.seed,
         build=lambda: start_engine(recipe, world, source, plan=None, training=False),
         config=config,
         token_set=token_set,
-        target=open_data(recipe.data),
+        target=target,
         world=world,
         model_hash=source.content_hash,
-        progress=lambda total: Progress(
-            total, "calibrate", unit="pass", log_path=log.path, visible=log.visible
-        ),
+        progress=progress,
+        trial=trial,
     )
 
 
@@ -133,7 +150,7 @@ def _check_plan_recipe(path: Path, plan: FreezePlan, recipe: Recipe) -> None:
     fisher = section.get("fisher") or asdict(FisherConfig())
     if section.get("score") == "fisher":
         expected["fisher"] = fisher
-    drawn = section.get("score") == "rand" or section["kind"] == "hft"
+    drawn = section.get("score") == "rand" or section["kind"] in ("hft", "s2ft")
     if drawn or (section.get("score") == "fisher" and fisher["labels"] == "sampled"):
         expected["seed"] = recipe.run.seed
     for name, wanted in expected.items():
@@ -148,7 +165,7 @@ def _check_plan_recipe(path: Path, plan: FreezePlan, recipe: Recipe) -> None:
         target = open_data(recipe.data).content_hash
         if counted["content_hash"] != target:
             raise ConfigError(
-                f"freeze plan {path} shields the rows that another target text does not use"
+                f"freeze plan {path} was made with another target text"
                 f" (content hash {counted['content_hash'][:12]}, the recipe's data have"
                 f" {target[:12]}); make the plan again with forgetscale calibrate."
             )

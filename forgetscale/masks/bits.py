@@ -90,7 +90,7 @@ class ElementMask:
     Args:
         length: Elements in the slice, padding excluded.
         offset: Bit of the slice's first element in ``bits``, 0..7.
-        bits: Bytes that hold the slice's bits, on the CPU (a view of the mapped plan file).
+        bits: Bytes that hold the slice's bits (for a plan, a view of its mapped file).
     """
 
     length: int
@@ -110,7 +110,7 @@ class ElementMask:
         return cls(length, start % 8, bits[start // 8 : num_bytes(start + length)])
 
     def _on(self, device: torch.device) -> Tensor:
-        if device.type == "cpu":
+        if device == self.bits.device:
             return self.bits
         if device not in self._copies:
             self._copies[device] = self.bits.to(device)
@@ -142,6 +142,19 @@ class ElementMask:
     def frozen_elements(self, flat: Tensor) -> Tensor:
         """Return a copy of the frozen elements of a slice in their order."""
         return torch.cat([flat[:0], *(piece[frozen] for piece, frozen in self._pieces(flat))])
+
+    def put_frozen_(self, flat: Tensor, values: Tensor) -> None:
+        """Write what ``frozen_elements`` returned back to its places.
+
+        Args:
+            flat: The slice, changed in place.
+            values: One value per frozen element, in their order.
+        """
+        first = 0
+        for piece, frozen in self._pieces(flat):
+            count = int(frozen.sum())
+            piece[frozen] = values[first : first + count]
+            first += count
 
     def num_frozen(self) -> int:
         """Return how many elements of the slice are frozen."""

@@ -12,13 +12,31 @@ from tests.distributed.compare import assert_same_weights
 from tests.distributed.harness import Job, RankServer
 from tests.distributed.runs import SSU, Runs, load_weights, read_lines
 
-SETTINGS = {"sft": {"kind": "sft"}, "ssu": SSU, "hft": {"kind": "hft"}}
+SETTINGS = {
+    "sft": {"kind": "sft"},
+    "ssu": SSU,
+    "hft": {"kind": "hft"},
+    "gmt": {"kind": "gmt"},
+    "gmt_official": {"kind": "gmt_official"},
+    "lota": {"kind": "lota", "trainable_fraction": 0.3, "num_trial_steps": 5, "trial_lr": 1e-3},
+    "s2ft": {"kind": "s2ft", "trainable_fraction": 0.3, "variant": "down_output"},
+}
 NEUTRAL = {
     "sft": {"kind": "sft"},
     "ssu": {"kind": "ssu", "frozen_fraction": 0.0},
-    # Half fine-tuning is defined at one half only.
-    "hft": None,
+    "hft": {"kind": "hft", "frozen_fraction": 0.0},
+    "gmt": {"kind": "gmt", "trainable_fraction": 1.0},
+    # It does not clip, so it is plain training without clipping.
+    "gmt_official": {"kind": "gmt_official", "trainable_fraction": 1.0},
+    "lota": {**SETTINGS["lota"], "trainable_fraction": 1.0},
+    # Whatever the fraction, only feed-forward channels and heads are trained.
+    "s2ft": None,
 }
+DRAWS = {"hft", "s2ft"}
+"""Methods whose plan is drawn by ``run.seed``; other plans are measured."""
+MOVES = {"gmt": 0.8, "gmt_official": 0.8}
+"""Share of elements that moved at all, where each step moves some; else nearly all."""
+ENDS = ("model.embed_tokens", "lm_head")
 EXACT = ("step", "loss", "grad_norm", "lr", "target_tokens")
 
 
@@ -76,15 +94,18 @@ def test_frozen_bits_with_decay(runs: Runs, method: str, size: int):
         assert torch.equal(run.export[name][frozen].view(torch.int32), source.view(torch.int32))
         # A single element may come back to its old value by chance.
         moved = run.masters[name][~frozen] != run.source[name][~frozen]
-        assert moved.float().mean() > 0.999 or frozen.all(), name
+        share = 0.999 if name.startswith(ENDS) else MOVES.get(method, 0.999)
+        assert moved.float().mean() > share or frozen.all(), name
 
 
 def test_neutral_setting_is_sft(runs: Runs, method: str):
     settings = NEUTRAL[method]
     if settings is None:
-        assert method == "hft"
+        assert method == "s2ft"
         return
-    neutral, sft = runs.get(settings, 2), runs.get("sft", 2)
+    norm = 1e6 if method == "gmt_official" else 0.5
+    neutral = runs.get(settings, 2, optim__max_grad_norm=norm)
+    sft = runs.get("sft", 2, optim__max_grad_norm=norm)
     assert neutral.losses == sft.losses
     assert all(torch.equal(neutral.masters[n], w) for n, w in sft.masters.items())
 
@@ -105,4 +126,4 @@ def test_another_seed_gives_another_protection_only_where_it_draws(
     }
     (outcome,) = ranks.run_all([Job("plans:make", {"recipes": recipes})])
     same = outcome.value["3"]["hash"] == outcome.value["4"]["hash"]
-    assert same == (method == "ssu"), "scores are measured, halves are drawn"
+    assert same == (method not in DRAWS), "scores are measured, halves are drawn"

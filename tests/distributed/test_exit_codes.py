@@ -145,7 +145,7 @@ class TestCalibrate:
         path, _ = write(runs, "calibrate-sft")
         outcome = run(ranks, "calibrate", "--config", path, "--output", tmp_path / "p")
         assert outcome.codes == [2]
-        assert "sft protects nothing" in errors(outcome)[0]
+        assert "sft freezes nothing for good" in errors(outcome)[0]
         assert not (tmp_path / "p").exists()
 
 

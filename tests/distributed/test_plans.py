@@ -104,7 +104,7 @@ class TestRowsUnusedInTarget:
         [
             ({"method.shield_rows.min_count": 2}, "method.shield_rows {'min_count': 9"),
             ({"method.shield_rows": None}, "method.shield_rows {'min_count': 9"),
-            ({"data.path": "calibration"}, "the rows that another target text does not use"),
+            ({"data.path": "calibration"}, "made with another target text"),
         ],
     )
     def test_a_plan_of_another_count_or_text_is_refused(

@@ -149,7 +149,7 @@ def base_recipe(folder: Path, name: str, **method: object) -> dict:
         "optim": {
             "lr": 1e-2,
             "weight_decay": 0.1,
-            "max_grad_norm": 0.5,
+            "max_grad_norm": 1e6 if method["kind"] == "gmt_official" else 0.5,
             "warmup_fraction": 0.3,
         },
         "train": {

@@ -92,10 +92,16 @@ def method_rank(method: str) -> int:
 
 
 def method_label(method: Mapping[str, Any]) -> str:
-    """Return ``kind`` or ``kind/score`` of the recipe's method section, ``+shield`` with rows."""
+    """Return ``kind`` or ``kind/score`` of the recipe's method section, ``+shield`` with rows.
+
+    Another axis than columns follows the score, as in ``ssu/paper/row``.
+    """
     kind = str(method.get("kind", "sft"))
+    axis = method.get("axis", "column")
+    axis = "" if axis == "column" else f"/{axis}"
+    axis += "-global" if method.get("scope", "tensor") == "global" else ""
     shield = "+shield" if method.get("shield_rows") else ""
-    return f"{kind}/{method['score']}{shield}" if method.get("score") else kind
+    return f"{kind}/{method['score']}{axis}{shield}" if method.get("score") else kind
 
 
 def read_run(path: Path) -> Run:

@@ -8,18 +8,16 @@ nearly a magnitude ranking. That code ranks each tensor alone; ``scope: global``
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from forgetscale.api import Calibration, ParamShard, ShardSet
-from forgetscale.masks import Cut, Segment, by_column, find_cuts, pack_slice
+from forgetscale.api import Calibration, ParamShard
+from forgetscale.masks import by_column
+from forgetscale.methods.element_choice import choose_elements
 from forgetscale.methods.ssu.targets import Target
 from forgetscale.ops.importance import num_frozen
-
-Keys = Callable[[ParamShard], Tensor]
-"""``[S]`` scores of a slice, fp32, or int32 keys of the same order."""
 
 
 def element_scores(param: Tensor, start: int, statistic: Tensor | None, rule: str) -> Tensor:
@@ -57,56 +55,6 @@ def random_keys(name: str, start: int, length: int, seed: int, device: torch.dev
     x *= -7723592293110705685  # 0x94D049BB133111EB
     x ^= (x >> 31) & 0x1FFFFFFFF
     return (x & 0x7FFFFFFF).clamp_(max=0x7FFFFFFE).to(torch.int32)
-
-
-def choose_elements(
-    shards: ShardSet,
-    sizes: Mapping[str, int],
-    count: Callable[[int], int],
-    keys: Keys,
-    *,
-    scope: str,
-) -> dict[str, Tensor]:
-    """Choose the elements with the highest keys and return their bits, whole tensors each.
-
-    Equal keys are chosen in the model's order: earlier tensor, lower place.
-
-    Args:
-        shards: Slices of the model.
-        sizes: Parameter name -> elements, in the model's order; the parameters ranked.
-        count: Elements of a group -> how many to choose.
-        keys: Keys of a slice; called a few times.
-        scope: ``tensor`` ranks each parameter alone, ``global`` all together.
-
-    Collective: every rank must call it (small counts, then one bit per element).
-    """
-    offsets: dict[str, int] = {}
-    groups: dict[str, int] = {}
-    for number, name in enumerate(sizes):
-        groups[name] = 0 if scope == "global" else number
-        offsets[name] = 0
-    if scope == "global":
-        total = 0
-        for name, size in sizes.items():
-            offsets[name] = total
-            total += size
-        totals = [total]
-    else:
-        totals = list(sizes.values())
-
-    def segment(shard: ParamShard) -> Segment:
-        return Segment(groups[shard.name], offsets[shard.name] + shard.start, lambda: keys(shard))
-
-    mine = [shard for shard in shards if shard.name in sizes]
-    counts = [count(size) for size in totals]
-    cuts = find_cuts([segment(shard) for shard in mine], counts, shards.all_reduce_sum)
-    found = {}
-    for shard in mine:
-        cut: Cut = cuts[groups[shard.name]]
-        chosen = cut.chosen(keys(shard), offsets[shard.name] + shard.start)
-        bits = pack_slice(chosen, shard.start, sizes[shard.name])
-        found[shard.name] = shards.all_reduce_sum(bits).cpu()
-    return found
 
 
 def frozen_elements(

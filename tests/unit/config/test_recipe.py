@@ -77,7 +77,7 @@ class TestMistakes:
             ),
             ("optim.learning_rate", 1, "optim.learning_rate is not a recipe field (value 1;"),
             ("train.batch", 1, "train.batch is not a recipe field"),
-            ("method.kind", "susu", "method.kind is 'susu', expected one of sft, ssu, hft; near"),
+            ("method.kind", "susu", "s2ft; nearest: ssu"),
             ("method.score", "papr", "method.score is 'papr', expected one of paper, official,"),
             ("model.dtype", "float16", "model.dtype is 'float16', expected one of bfloat16, floa"),
             ("method.frozen_fraction", 1.5, "method: frozen_fraction must lie in [0, 1], got 1.5."),
@@ -130,8 +130,9 @@ class TestMistakes:
         assert message == (f"{path} is missing; add it to the recipe or give --set {path}=VALUE.")
 
     def test_missing_kind(self):
-        assert "method.kind is missing; expected one of hft, sft, ssu" in sentence(
-            without("method.kind")
+        assert (
+            "method.kind is missing; expected one of gmt, gmt_official, hft, lota, s2ft"
+            in sentence(without("method.kind"))
         )
 
     def test_several_mistakes_give_several_sentences(self):

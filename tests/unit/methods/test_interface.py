@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from forgetscale.api import EDITS_GRADIENTS, EDITS_PARAMS, Unprotected, overrides
-from forgetscale.config import HftMethodConfig, SftMethodConfig, SsuMethodConfig
+from forgetscale.config import (
+    GmtMethodConfig,
+    HftMethodConfig,
+    LotaMethodConfig,
+    S2ftMethodConfig,
+    SftMethodConfig,
+    SsuMethodConfig,
+)
 from forgetscale.methods import METHODS
 from forgetscale.ops.losses import cross_entropy
 
@@ -14,7 +21,13 @@ CONFIGS = {
     "sft": SftMethodConfig(),
     "ssu": SsuMethodConfig(kind="ssu", score="mag_l1"),
     "hft": HftMethodConfig(kind="hft"),
+    "gmt": GmtMethodConfig(kind="gmt"),
+    "gmt_official": GmtMethodConfig(kind="gmt_official"),
+    "lota": LotaMethodConfig(kind="lota"),
+    "s2ft": S2ftMethodConfig(kind="s2ft"),
 }
+HOOKS = {"gmt": {EDITS_GRADIENTS, EDITS_PARAMS}, "gmt_official": {EDITS_GRADIENTS}}
+"""Hooks a method uses; static plans use none."""
 
 
 def test_every_method_has_a_config_here():
@@ -30,8 +43,8 @@ def test_plain_loss_and_no_state(kind: str):
     method.load_state_dict({})
     with pytest.raises(ValueError, match="has no state, got"):
         method.load_state_dict({"x": 1})
-    assert not overrides(method, EDITS_GRADIENTS)
-    assert not overrides(method, EDITS_PARAMS)
+    used = {hook for hook in (EDITS_GRADIENTS, EDITS_PARAMS) if overrides(method, hook)}
+    assert used == HOOKS.get(kind, set())
 
 
 def test_sft_protects_nothing():
