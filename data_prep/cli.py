@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import inspect
+from data_prep import fertility, inspect
 from data_prep.cli_build import BUILD_EXAMPLES, add_build_arguments, explain, note_kept_work
 from forgetscale.errors import ForgetScaleError
 
@@ -51,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_run_verify)
     look = _add_command(commands, "inspect", "show documents of a row or step", inspect.EXAMPLES)
     inspect.add_arguments(look)
+    fertile = _add_command(
+        commands, "fertility", "measure the tokens each language costs", fertility.EXAMPLES
+    )
+    fertility.add_arguments(fertile)
     stats = _add_command(commands, "stats", "print counts of a token set", _STATS_EXAMPLES)
     stats.add_argument("--json", action="store_true", help="print JSON")
     stats.set_defaults(run=_run_stats)
