@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import fertility, inspect
+from data_prep import inspect, languages
 from data_prep.cli_build import BUILD_EXAMPLES, add_build_arguments, explain, note_kept_work
 from forgetscale.errors import ForgetScaleError
 
@@ -52,9 +52,16 @@ def _parser() -> argparse.ArgumentParser:
     look = _add_command(commands, "inspect", "show documents of a row or step", inspect.EXAMPLES)
     inspect.add_arguments(look)
     fertile = _add_command(
-        commands, "fertility", "measure the tokens each language costs", fertility.EXAMPLES
+        commands,
+        "fertility",
+        "measure the tokens each language costs",
+        languages.FERTILITY_EXAMPLES,
     )
-    fertility.add_arguments(fertile)
+    languages.add_fertility(fertile)
+    extend = _add_command(
+        commands, "extend-vocabulary", "add target pieces to a model", languages.EXTEND_EXAMPLES
+    )
+    languages.add_extend(extend)
     stats = _add_command(commands, "stats", "print counts of a token set", _STATS_EXAMPLES)
     stats.add_argument("--json", action="store_true", help="print JSON")
     stats.set_defaults(run=_run_stats)

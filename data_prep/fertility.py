@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,37 +14,17 @@ import numpy as np
 import regex
 from jaxtyping import Bool
 
-from data_prep.readers import SourceReader, is_plain_text
-from data_prep.records import BadRecordError, undo_escapes
+from data_prep.encoding import Encoder, TokenizerSpec, load_tokenizer
 from data_prep.sources import find_sources
-from data_prep.tokenise import (
-    TokenizeOptions,
-    Unit,
-    UnitTokenizer,
-    load_tokenizer,
-    read_document,
-)
+from data_prep.texts import read_texts
 from forgetscale.data import tokenizer_hash
 from forgetscale.errors import ConfigError, DataError
-
-EXAMPLES = """examples:
-  all languages of a MADLAD-400 copy, one tokenizer against another:
-    python -m data_prep fertility --input MADLAD-400 --output fertility.html \\
-        --tokenizer models/OLMo-2-1124-7B-Instruct models/olmo2-ne
-
-  chosen files under names of your own:
-    python -m data_prep fertility --input Nepali=data/ne.jsonl Amharic='data/am/*.jsonl.gz' \\
-        --tokenizer models/OLMo-2-1124-7B-Instruct --output fertility.json
-
-FILE.html is a page with plots, beside it FILE.json with the numbers (or --output FILE.json alone).
-A word is a run of letters, marks and digits; scripts that do not part words (Thai, Chinese) have no
-tokens a word worth reading, use tokens a byte."""
 
 WORD = regex.compile(
     r"[\p{L}\p{N}][\p{L}\p{M}\p{N}\u200c\u200d]*(?:['\u2019]\p{L}[\p{L}\p{M}\u200c\u200d]*)*"
 )
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_UNIT_BYTES = 1 << 20
+_BATCH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,27 +113,24 @@ def measure(language: str, paths: Sequence[Path], directory: Path, name: str) ->
     Raises:
         DataError: The files hold no document, or one of them is damaged.
     """
-    options = TokenizeOptions(
-        tokenizer=directory,
-        chat=False,
-        end_token=None,
-        undo_escapes=True,
-        max_document_tokens=None,
-    )
-    worker = UnitTokenizer(options)
-    tokenizer = load_tokenizer(directory)
-    in_bytes = byte_tokens(tokenizer)
+    if directory.is_file():
+        raise ConfigError(
+            f"fertility: --tokenizer {directory} is a file; give a folder AutoTokenizer loads."
+        )
+    encoder = Encoder(TokenizerSpec(directory))
+    in_bytes = byte_tokens(encoder.tokenizer)
     counts = np.zeros(len(in_bytes), dtype=np.int64)
     documents = words = size = 0
-    for unit in _units(paths):
-        result = worker(unit)
-        counts += np.bincount(result.tokens, minlength=len(counts))
-        documents += len(result.doc_lens)
-        size += int(result.doc_bytes.sum())
-        words += sum(_count_words(unit, options))
+    texts = read_texts(paths)
+    while part := list(itertools.islice(texts, _BATCH)):
+        for ids in encoder(part, special_as_text=True):
+            counts += np.bincount(np.asarray(ids, dtype=np.int64), minlength=len(counts))
+        documents += len(part)
+        size += sum(len(text.encode("utf-8")) for text in part)
+        words += sum(1 for text in part for _ in WORD.finditer(text))
     if not documents:
         raise DataError(f"the input of '{language}' holds no document; check --input.")
-    unknown = tokenizer.unk_token_id
+    unknown = encoder.tokenizer.unk_token_id
     return Fertility(
         language=language,
         tokenizer=name,
@@ -164,29 +141,6 @@ def measure(language: str, paths: Sequence[Path], directory: Path, name: str) ->
         byte_tokens=int(counts[in_bytes].sum()),
         unknown_tokens=0 if unknown is None else int(counts[unknown]),
     )
-
-
-def _units(paths: Sequence[Path]) -> Iterator[Unit]:
-    for index, path in enumerate(paths):
-        unit, size = Unit(index, [], is_plain_text(path)), 0
-        with SourceReader(path) as reader:
-            for line in reader.lines():
-                unit.lines.append(line)
-                size += len(line.data)
-                if size >= _UNIT_BYTES:
-                    yield unit
-                    unit, size = Unit(index, [], is_plain_text(path)), 0
-        if unit.lines:
-            yield unit
-
-
-def _count_words(unit: Unit, options: TokenizeOptions) -> Iterator[int]:
-    for line in unit.lines:
-        try:
-            document = read_document(line, options, plain_text=unit.plain_text)
-        except BadRecordError:
-            continue  # the tokenizer left it out too
-        yield sum(1 for _ in WORD.finditer(undo_escapes(document.text)[0]))
 
 
 def find_languages(inputs: Sequence[str]) -> dict[str, list[Path]]:
@@ -257,47 +211,3 @@ def compare(inputs: Sequence[str], tokenizers: Sequence[Path]) -> dict[str, Any]
         },
         "fertility": [asdict(row) | row.shares() for row in rows],
     }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``fertility``."""
-    add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        required=True,
-        action="extend",
-        metavar="[NAME=]PATH",
-        help="files, folders or glob patterns, or the root of a MADLAD-400 copy for all languages",
-    )
-    add(
-        "--tokenizer",
-        nargs="+",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="one or more folders AutoTokenizer loads",
-    )
-    add("--output", type=Path, required=True, metavar="FILE", help="FILE.html or FILE.json")
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Measure, write the report, print the table.
-
-    Raises:
-        ConfigError: The output has another ending.
-    """
-    from data_prep.fertility_page import fertility_page, fertility_table
-    from data_prep.page import write_text
-
-    if args.output.suffix not in (".html", ".json"):
-        raise ConfigError(f"--output must end in .html or .json, got {args.output}.")
-    found = compare(args.input, args.tokenizer)
-    if args.output.suffix == ".html":
-        write_text(args.output, fertility_page(found))
-    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-    write_text(args.output.with_suffix(".json"), text)
-    print(fertility_table(found))
-    print(f"\nwritten: {args.output}")
-    return 0

@@ -64,7 +64,7 @@ def test_counts_by_hand(inputs, fallback_dir, byte_level_dir):
 
 
 def test_byte_tokens_of_both_kinds(fallback_dir, byte_level_dir):
-    from data_prep.tokenise import load_tokenizer
+    from data_prep.encoding import load_tokenizer
 
     fallback, level = load_tokenizer(fallback_dir), load_tokenizer(byte_level_dir)
     assert not is_byte_level(fallback) and is_byte_level(level)
