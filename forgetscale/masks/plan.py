@@ -25,6 +25,7 @@ from forgetscale.masks.bits import ElementMask, count_bits, num_bytes
 from forgetscale.masks.flat import SliceMask
 
 PLAN_FILE = "plan.safetensors"
+SCORES_FILE = "scores.safetensors"
 PLAN_KIND = "freeze_plan"
 HEADER_KEY = "forgetscale"
 Mask = SliceMask | ElementMask
@@ -44,6 +45,8 @@ class FreezePlan:
         provenance: How the plan was made: method, score, fraction, model and data hashes.
         elements: Parameter name -> uint8 bits of its flattened elements, 1 where frozen (see
             ``forgetscale.masks.bits``). A parameter has elements or indices, not both.
+        scores: Parameter name -> fp32 score per column that decided, for reports; no part of the
+            plan's hash. Empty where nothing was scored by columns.
     """
 
     columns: Mapping[str, Tensor] = field(default_factory=dict)
@@ -51,6 +54,7 @@ class FreezePlan:
     whole: frozenset[str] = frozenset()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     elements: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -163,6 +167,8 @@ class FreezePlan:
 def save_plan(directory: Path, plan: FreezePlan, recipe: Mapping[str, Any] | None = None) -> None:
     """Write a plan artefact: ``plan.safetensors`` and ``manifest.json``, published at once.
 
+    Scores of columns, where there are any, go to ``scores.safetensors`` beside them.
+
     Args:
         directory: Plan folder; an older plan there is replaced.
         plan: The plan.
@@ -176,6 +182,9 @@ def save_plan(directory: Path, plan: FreezePlan, recipe: Mapping[str, Any] | Non
         safetensors.torch.save_file(
             tensors, writer.path / PLAN_FILE, {HEADER_KEY: json.dumps(header, sort_keys=True)}
         )
+        if plan.scores:
+            scores = {name: value.cpu().contiguous() for name, value in plan.scores.items()}
+            safetensors.torch.save_file(scores, writer.path / SCORES_FILE)
         writer.payload = {"content_hash": plan.content_hash(), "provenance": dict(plan.provenance)}
 
 
@@ -201,7 +210,11 @@ def load_plan(path: Path) -> FreezePlan:
             else:
                 index = file.get_tensor(key).to(torch.int64)
                 {"columns": columns, "rows": rows}[axis][name] = index
-    plan = FreezePlan(columns, rows, frozenset(header["whole"]), header["provenance"], elements)
+    # The manifest, verified above, lists the file where scores were written.
+    scored = (directory / SCORES_FILE).is_file()
+    scores = safetensors.torch.load_file(directory / SCORES_FILE) if scored else {}
+    whole, provenance = frozenset(header["whole"]), header["provenance"]
+    plan = FreezePlan(columns, rows, whole, provenance, elements, scores)
     if plan.content_hash() != manifest["payload"]["content_hash"]:
         raise DataError(
             f"{directory}: the plan's content differs from its manifest; make it again."

@@ -50,13 +50,15 @@ class Ssu(Unprotected):
         in_columns = [t for t in scored if t.is_vector or config.axis == "column"]
         measured = self._measure(calibration, scored)
         columns: Mapping[str, Tensor]
+        scores: Mapping[str, Tensor] = {}
         if config.score == "rand":
             columns = {
                 t.name: random_frozen(t.name, t.width, config.frozen_fraction, calibration.seed)
                 for t in in_columns
             }
         else:
-            columns = self._scored_columns(calibration, in_columns, measured)
+            scores = self._column_scores(calibration, in_columns, measured)
+            columns = {n: select_frozen(v, config.frozen_fraction) for n, v in scores.items()}
         rows = self._shielded_rows(calibration)
         elements: dict[str, Tensor] = {}
         matrices = [t for t in scored if not t.is_vector]
@@ -73,6 +75,7 @@ class Ssu(Unprotected):
             rows=rows,
             whole=frozenset(whole),
             elements=elements,
+            scores=scores,
             provenance={
                 "method": "ssu",
                 "score": config.score,
@@ -103,18 +106,14 @@ class Ssu(Unprotected):
             return {}
         return input_statistics(calibration, targets, config)
 
-    def _scored_columns(
+    def _column_scores(
         self, calibration: Calibration, targets: list[Target], measured: Statistics
     ) -> Mapping[str, Tensor]:
         if not targets:
             return {}
         config = self._config
         found = column_scores_of(calibration, targets, [config.score], config, measured)
-        scores = found[config.score]
-        return {
-            name: select_frozen(value, config.frozen_fraction).cpu()
-            for name, value in scores.items()
-        }
+        return {name: value.cpu() for name, value in found[config.score].items()}
 
     def _shielded_rows(self, calibration: Calibration) -> dict[str, Tensor]:
         """Return the rows of embedding and head that never move, the same for both."""

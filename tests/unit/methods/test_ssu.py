@@ -9,6 +9,7 @@ from torch import nn
 from forgetscale.api import Batch
 from forgetscale.config import DATA_SCORES, SCORES, SsuMethodConfig
 from forgetscale.errors import ConfigError, DataError
+from forgetscale.masks import load_plan, save_plan
 from forgetscale.methods import METHODS
 from forgetscale.methods.ssu.method import random_frozen
 from forgetscale.methods.ssu.scores import column_scores_of, input_statistics, weight_norms
@@ -239,6 +240,25 @@ class TestErrors:
 
 
 class TestPlans:
+    @pytest.mark.parametrize("score", [name for name in SCORES if name != "rand"])
+    def test_scores_are_kept_beside_the_plan(self, calibration, tmp_path, score: str):
+        plan = plan_of(calibration, score=score, frozen_fraction=0.5)
+        save_plan(tmp_path / "plan", plan)
+        kept = load_plan(tmp_path / "plan")
+        assert kept.content_hash() == plan.content_hash()
+        assert set(kept.scores) == set(plan.columns)
+        for name, index in kept.columns.items():
+            assert kept.scores[name].dtype == torch.float32
+            assert torch.equal(select_frozen(kept.scores[name], 0.5), index)
+        (tmp_path / "plan" / "scores.safetensors").unlink()
+        with pytest.raises(DataError, match="scores.safetensors"):
+            load_plan(tmp_path / "plan")
+
+    def test_random_columns_have_no_scores(self, calibration, tmp_path):
+        save_plan(tmp_path / "plan", plan_of(calibration, score="rand"))
+        assert not (tmp_path / "plan" / "scores.safetensors").exists()
+        assert load_plan(tmp_path / "plan").scores == {}
+
     def test_several_scores_share_their_passes(self, calibration, body):
         targets = find_targets(body)
         names = [name for name in SCORES if name not in ("rand", "fisher")]
