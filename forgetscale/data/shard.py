@@ -54,13 +54,7 @@ class Shard:
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._bytes = memoryview(self._map)
-        items = np.frombuffer(self._map, dtype=dtype, count=size // dtype.itemsize)
-        self.windows = np.lib.stride_tricks.as_strided(
-            items,
-            shape=(len(items) - block_size + 1, block_size),
-            strides=(dtype.itemsize, dtype.itemsize),
-            writeable=False,
-        )
+        self.address: int = np.frombuffer(self._map, np.uint8).ctypes.data
         self._schema = schema(block_size, dtype)
         self._itemsize = dtype.itemsize
 
@@ -218,3 +212,33 @@ def find_damages(path: str | Path) -> Iterator[str]:
                 verify_artifact(path, KIND, only=[name])
             except DataError as error:
                 yield str(error)
+
+
+class RowWindows:
+    """Every run of ``block_size`` items from the first mapped shard to the last, as one array.
+
+    Shards lie anywhere in memory, but always at whole pages, so the distance between two is a
+    whole number of items. One array over the whole range lets a batch be gathered at once however
+    many shards its rows are in. Nothing is read before it is indexed, and only places inside a
+    shard are ever asked for.
+
+    Attributes:
+        starts: Item at which each shard begins.
+
+    Args:
+        shards: Mapped shards, at least one; they must outlive the array.
+        block_size: Items a row.
+        dtype: Of the items.
+    """
+
+    def __init__(self, shards: Sequence[Shard], block_size: int, dtype: np.dtype[Any]) -> None:
+        first = min(shard.address for shard in shards)
+        end = max(shard.address + shard.info.size for shard in shards)
+        self.starts = [(shard.address - first) // dtype.itemsize for shard in shards]
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (first, True),
+            "typestr": dtype.str,
+            "shape": ((end - first) // dtype.itemsize - block_size + 1, block_size),
+            "strides": (dtype.itemsize, dtype.itemsize),
+        }

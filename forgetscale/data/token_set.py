@@ -16,7 +16,7 @@ from torch import Tensor
 
 from forgetscale.artifact import read_manifest
 from forgetscale.data.format import KIND, ShardInfo, content_hash, unpack_doc_id
-from forgetscale.data.shard import Shard, find_damages, shard_first_rows
+from forgetscale.data.shard import RowWindows, Shard, find_damages, shard_first_rows
 from forgetscale.errors import DataError
 
 
@@ -60,6 +60,9 @@ class TokenSet:
             Shard(self.path / info.file, info, first, self.block_size, self.dtype)
             for info, first in zip(infos, shard_first_rows(infos), strict=True)
         ]
+        windows = RowWindows(self._shards, self.block_size, self.dtype)
+        self._shard_start = windows.starts
+        self._windows: np.ndarray = np.asarray(windows)
         counts = [batch.num_rows for info in infos for batch in info.batches]
         self._batch_first_row = np.concatenate([[0], np.cumsum(counts[:-1])]).astype(np.int64)
         self._batch_shard = np.repeat(np.arange(len(infos)), [len(info.batches) for info in infos])
@@ -108,14 +111,7 @@ class TokenSet:
                 self._touch(int(batch))
             starts = self._ids_start[batches]
         starts += (rows - self._batch_first_row[batches]) * self.block_size
-        if len(self._shards) == 1:
-            return torch.from_numpy(self._shards[0].windows[starts].astype(np.int64))
-        out = np.empty((len(rows), self.block_size), dtype=np.int64)
-        owners = self._batch_shard[batches]
-        for index in np.unique(owners):
-            chosen = owners == index
-            out[chosen] = self._shards[index].windows[starts[chosen]]
-        return torch.from_numpy(out)
+        return torch.from_numpy(self._windows[starts].astype(np.int64))
 
     def document_lens(
         self, row_ids: Sequence[int] | np.ndarray | Tensor
@@ -195,4 +191,4 @@ class TokenSet:
         damage = shard.batch_damage(index)
         if damage is not None:
             raise DataError(damage)
-        self._ids_start[batch] = shard.ids_start(index)
+        self._ids_start[batch] = self._shard_start[number] + shard.ids_start(index)
