@@ -19,6 +19,7 @@ _MAY_CHANGE = (
     "run.output_dir",
     "data.skip_rows",
     "method.layout",
+    "train.micro_batch_size",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",
     "train.audit_every_steps",

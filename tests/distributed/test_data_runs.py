@@ -119,3 +119,16 @@ def test_rows_named_in_the_middle_are_skipped_from_there_on(ranks: RankServer, r
         (new, "loss", 4, 4 * BATCH),
     ]
     assert {e["set"] for e in kept} == {TokenSet(recipe["data"]["path"]).content_hash}
+
+
+def test_the_micro_batch_size_may_change_at_a_resume(ranks: RankServer, runs: Runs):
+    """Same global batches, so the same run up to the order of sums."""
+    recipe = runs.recipe("micro-later")
+    point = "in a step, before the optimizer"
+    ranks.run("crash:train_until", 2, recipe=recipe, point=point, number=5)
+    outcome = ranks.must("training:train", 2, recipe=change(recipe, {"train.micro_batch_size": 3}))
+    plain = runs.get("sft", 2)
+    rows = [sum(step, []) for step in zip(*(v["rows"] for v in outcome.values), strict=True)]
+    assert rows == plain.rows[4:]
+    lines = read_lines(Path(recipe["run"]["output_dir"], "metrics.jsonl"))
+    assert [line["loss"] for line in lines] == pytest.approx(plain.losses, rel=2e-6)

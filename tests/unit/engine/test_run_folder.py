@@ -53,7 +53,7 @@ class TestFolder:
             ({"train__num_steps": 5}, "train.num_steps is 4 there and 5 here"),
             ({"run__seed": 7}, "run.seed is 42 there and 7 here"),
             ({"data__path": "other"}, "data.path is 'd' there and 'other' here"),
-            ({"train__micro_batch_size": 1}, "train.micro_batch_size is 8 there and 1 here"),
+            ({"train__global_batch_size": 1}, "train.global_batch_size is 32 there and 1 here"),
         ],
     )
     def test_another_recipe(self, tmp_path, changes: dict, phrase: str):
@@ -70,6 +70,7 @@ class TestFolder:
         [
             {"run__name": "b"},
             {"train__checkpoint_every_steps": 9},
+            {"train__micro_batch_size": 1},
             {"train__keep_checkpoints": 5},
             {"train__audit_every_steps": 5},
             {"train__export": False},
