@@ -22,6 +22,8 @@ METHOD_NAMES = (
     "hft",
     "ssu/paper",
     "ssu/paper+shield",
+    "ssu/paper@0.7",
+    "ssu/paper@0.7+shield",
     "ssu/official",
     "ssu/mag_l1",
     "ssu/mag_l2",
@@ -67,8 +69,8 @@ def method_section(name: str, calibration: Path) -> dict[str, Any]:
     """Return the recipe's method section for a name such as ``ssu/paper`` or ``ssu/paper+shield``.
 
     ``ssu/paper/row`` names another axis than columns, ``element-global`` one ranking of all
-    matrices; ``+shield`` also freezes the embedding and head rows of tokens the target text never
-    uses.
+    matrices; ``@0.7`` freezes that share of columns instead of one half; ``+shield`` also freezes
+    the embedding and head rows of tokens the target text never uses.
     """
     kind, _, rule = name.partition("/")
     if kind == "lota":
@@ -76,9 +78,14 @@ def method_section(name: str, calibration: Path) -> dict[str, Any]:
     if kind != "ssu":
         return {"kind": kind}
     rule, _, shield = rule.partition("+")
+    rule, _, fraction = rule.partition("@")
     score, _, direction = rule.partition("/")
     axis, _, scope = direction.partition("-")
-    section: dict[str, Any] = {"kind": "ssu", "frozen_fraction": 0.5, "score": score}
+    section: dict[str, Any] = {
+        "kind": "ssu",
+        "frozen_fraction": float(fraction or 0.5),
+        "score": score,
+    }
     if axis:
         section |= {"axis": axis, "scope": scope or "tensor"}
     if score in DATA_SCORES:

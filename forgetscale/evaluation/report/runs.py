@@ -94,12 +94,15 @@ def method_rank(method: str) -> int:
 def method_label(method: Mapping[str, Any]) -> str:
     """Return ``kind`` or ``kind/score`` of the recipe's method section, ``+shield`` with rows.
 
-    Another axis than columns follows the score, as in ``ssu/paper/row``.
+    Another axis than columns follows the score, as in ``ssu/paper/row``, and another share than one
+    half the axis, as in ``ssu/paper@0.7``.
     """
     kind = str(method.get("kind", "sft"))
     axis = method.get("axis", "column")
     axis = "" if axis == "column" else f"/{axis}"
     axis += "-global" if method.get("scope", "tensor") == "global" else ""
+    fraction = method.get("frozen_fraction", 0.5)
+    axis += "" if fraction == 0.5 else f"@{fraction:g}"
     shield = "+shield" if method.get("shield_rows") else ""
     return f"{kind}/{method['score']}{axis}{shield}" if method.get("score") else kind
 
