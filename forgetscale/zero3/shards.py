@@ -284,6 +284,8 @@ class ZeroShards:
         With offload it copies a gradient to the optimizer only in the step's last micro-batch, and
         only for parameters used there.
         """
+        # Copies that a walk over the slices made before belong to an older gradient.
+        self._edited_grads.clear()
         for item in self._slices if self.offloaded else []:
             grad = self.gradient(item)
             if grad is not None and not bool(grad.any()):
@@ -363,7 +365,6 @@ class ZeroShards:
         Collective: every rank must call it, outside forward and backward.
         """
         optimizer = self._optimizer
-        # Copies that a walk over the slices made after the step must not serve in the next one.
         self._edited_grads.clear()
         for index, flat in enumerate(optimizer.fp16_partitioned_groups_flat):
             flat.data.copy_(optimizer.fp32_partitioned_groups_flat[index].data)

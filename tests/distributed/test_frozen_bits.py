@@ -30,6 +30,8 @@ METHODS = {
     "row": {**SSU, "axis": "row"},
     "row-masked": {**MASKED, "axis": "row"},
     "element": {**SSU, "axis": "element"},
+    "lota": {"kind": "lota", "num_trial_steps": 2, "trial_lr": 1e-3},
+    "s2ft": {"kind": "s2ft", "trainable_fraction": 0.3, "ends": "freeze"},
     "element-global": {"kind": "ssu", "axis": "element", "scope": "global", "score": "rand"},
 }
 CASES = [

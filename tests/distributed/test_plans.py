@@ -18,6 +18,12 @@ AXES = {
     "element-global": {"axis": "element", "scope": "global", "score": "official"},
     "element-rand": {"axis": "element", "score": "rand"},
 }
+BASELINES = {
+    "hft": {"kind": "hft"},
+    "hft-quarter": {"kind": "hft", "frozen_fraction": 0.25},
+    "s2ft": {"kind": "s2ft", "trainable_fraction": 0.2, "variant": "down_output"},
+    "lota": {"kind": "lota", "trainable_fraction": 0.2, "num_trial_steps": 6, "trial_lr": 1e-3},
+}
 NUM_ROWS, NUM_BLOCKS = 19, 7
 COUNTS = (1, 9)
 
@@ -27,7 +33,7 @@ def plans(ranks: RankServer, runs: Runs) -> dict[int, list[dict]]:
     """Plans of every score, by number of ranks, as each rank made them."""
     recipes = {score: runs.recipe("plans", {**SSU, "score": score}) for score in SCORES}
     recipes |= {name: runs.recipe("plans", {**SSU, **axis}) for name, axis in AXES.items()}
-    recipes["hft"] = runs.recipe("plans", {"kind": "hft"})
+    recipes |= {name: runs.recipe("plans", method) for name, method in BASELINES.items()}
     for count in COUNTS:
         shield = {"rule": "unused_in_target", "min_count": count}
         recipes[f"shield-{count}"] = runs.recipe(
@@ -56,13 +62,22 @@ def exact(runs: Runs) -> dict[str, torch.Tensor]:
     return sums
 
 
-@pytest.mark.parametrize("score", [*SCORES, *AXES, "hft"])
+@pytest.mark.parametrize("score", [*SCORES, *AXES, *BASELINES])
 def test_plans_are_equal_for_any_number_of_ranks(plans, score: str):
     first = plans[1][0][score]
-    assert first["columns"] or first["whole"]
+    assert first["columns"] or first["whole"] or first["elements"]
     for size in (1, 2, 3):
         for found in plans[size]:
             assert found[score] == first
+
+
+def test_a_trial_trains_exactly_the_fraction_of_the_body(plans, runs: Runs):
+    body = {n: w for n, w in runs.get("ssu", 1).source.items() if n.startswith("model.layers.")}
+    bits = plans[3][0]["lota"]["elements"]
+    assert set(bits) == {*body, "model.norm.weight"}
+    total = sum(w.numel() for w in body.values()) + 35
+    frozen = sum(byte.bit_count() for tensor in bits.values() for byte in tensor)
+    assert total - frozen == total // 5
 
 
 def test_scores_give_different_plans(plans):

@@ -62,7 +62,8 @@ def find_targets(structure: Any) -> list[Target]:
             else:
                 raise ConfigError(
                     f"ssu: {name} {list(shape)} in a {type(module).__name__} is neither the"
-                    " matrix of a linear layer nor a vector; columns of it are not defined."
+                    " matrix of a linear layer nor a vector; columns of it are not defined, so use"
+                    " method.kind sft or a model whose experts are linear layers."
                 )
     return found
 
