@@ -21,7 +21,8 @@ Exit codes: 0 intact; 2 damaged or no token set."""
 
 _STATS_EXAMPLES = """examples:
   python -m data_prep stats data/am-512
-  python -m data_prep stats data/am-512 --json"""
+  python -m data_prep stats data/am-512 --json
+  python -m data_prep stats data/am-512 --html am-512.html"""
 
 
 def _add_command(commands: Any, name: str, help_text: str, examples: str) -> Any:
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     languages.add_extend(extend)
     stats = _add_command(commands, "stats", "print counts of a token set", _STATS_EXAMPLES)
     stats.add_argument("--json", action="store_true", help="print JSON")
+    stats.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots too")
     stats.set_defaults(run=_run_stats)
     for command in (verify, stats):
         command.add_argument("directory", type=Path, metavar="DIR", help="token set folder")
@@ -92,6 +94,11 @@ def _run_stats(args: argparse.Namespace) -> int:
 
     stats = collect_stats(args.directory)
     print(json.dumps(stats, indent=1, ensure_ascii=False) if args.json else format_stats(stats))
+    if args.html is not None:
+        from data_prep.page import write_text
+        from data_prep.stats_page import stats_page
+
+        write_text(args.html, stats_page(args.directory))
     return 0
 
 

@@ -114,21 +114,26 @@ def _sum_escapes(sources: list[dict[str, Any]]) -> dict[str, int]:
     return totals
 
 
-def format_stats(stats: dict[str, Any]) -> str:
-    """Return ``stats`` as aligned lines for reading."""
+def stat_lines(stats: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (what, value) of all but the sources, for reading."""
     lines = []
     for key, value in stats.items():
-        if key == "sources":
-            lines.append("sources")
-            lines += [
-                f"  {source['path']}: {source['num_documents']:,} documents,"
-                f" {source['num_rejected']:,} rejected"
-                for source in value
-            ]
-            continue
         if isinstance(value, dict):
             value = ", ".join(f"{name} {_number(part)}" for name, part in value.items())
-        lines.append(f"{key.replace('_', ' '):22}{_number(value)}")
+        if key != "sources":
+            lines.append((key.replace("_", " "), _number(value)))
+    return lines
+
+
+def format_stats(stats: dict[str, Any]) -> str:
+    """Return ``stats`` as aligned lines for reading."""
+    lines = [f"{name:22}{value}" for name, value in stat_lines(stats)]
+    lines.append("sources")
+    lines += [
+        f"  {source['path']}: {source['num_documents']:,} documents,"
+        f" {source['num_rejected']:,} rejected"
+        for source in stats["sources"]
+    ]
     return "\n".join(lines)
 
 

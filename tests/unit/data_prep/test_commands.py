@@ -33,6 +33,12 @@ def test_build_verify_stats_inspect(arguments, tmp_path, capsys):
     assert main(["stats", path, "--json"]) == 0
     stats = json.loads(capsys.readouterr().out)
     assert stats["documents"] == 100
+    page = tmp_path / "pages" / "set.html"
+    assert main(["stats", path, "--html", str(page)]) == 0
+    assert "documents" in capsys.readouterr().out
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<svg") == 2 and "http" not in text
+    assert "100 documents" in text and "xx_clean_0001.jsonl.gz" in text
     assert stats["escapes_undone"][r"\n"] == 100
     assert main(["inspect", path, "--row", "0"]) == 0
     shown = capsys.readouterr().out
