@@ -1,34 +1,177 @@
 """Token losses: pure functions of logits and labels that return a sum over target positions.
 
-Shape letters: N positions, V vocabulary, D model width.
+A loss is chosen by ``method.loss.kind``; ``LOSSES`` holds all of them under their kinds, as
+functions ``(logits, labels, extra=None, **options) -> sum``. What each one does to a token is in
+``forgetscale.ops.gates`` and ``forgetscale.ops.anchors``, how logits are never whole in
+``forgetscale.ops.chunked``.
+
+Shape letters: N positions, V vocabulary, K ids per position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
-from forgetscale.ops import IGNORE_INDEX
+from forgetscale.ops import IGNORE_INDEX, anchors, gates
+from forgetscale.ops.chunked import (
+    LossFunction,
+    LossRecord,
+    LossSums,
+    TokenLoss,
+    chunked_loss,
+    token_scores,
+)
+from forgetscale.ops.gates import Form
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
-"""``(logits [N, V], labels [N]) -> [] fp32``: a sum over positions, so that chunks may be added."""
+__all__ = [
+    "FORMS",
+    "LOSSES",
+    "LossFunction",
+    "LossRecord",
+    "LossSums",
+    "TokenLoss",
+    "chunked_loss",
+    "cross_entropy",
+    "entropy_weighted_loss",
+    "make_loss",
+    "sample_labels",
+    "sampled_cross_entropy",
+    "token_scores",
+    "topk_kl_to_source",
+]
+
+FORMS: Mapping[str, Form] = {
+    "cross_entropy": Form(gates.cross_entropy, gates=False),
+    "eaft": Form(gates.eaft),
+    "dft": Form(gates.dft),
+    "q_log": Form(gates.q_log),
+    "deft": Form(gates.deft),
+    "focal": Form(gates.focal),
+    "mile": Form(gates.mile),
+    "talr": Form(gates.talr),
+    "flow": Form(gates.flow),
+    "iw_sft": Form(gates.iw_sft),
+    "psft": Form(gates.psft),
+    "kl": Form(anchors.kl, gates=False),
+    "sft_kl": Form(anchors.sft_kl, gates=False),
+    "asft": Form(anchors.asft),
+}
+"""Kind -> how its gate is made. The last six need more tensors per position (``extra``)."""
 
 
-def cross_entropy(logits: Float[Tensor, "N V"], labels: Int64[Tensor, " N"]) -> Float32[Tensor, ""]:
-    """Return the negative log-likelihood in nats, summed over target positions, in fp32.
+def make_loss(
+    kind: str, *, normalize: Literal["tokens", "weights"] = "tokens", **options: Any
+) -> TokenLoss:
+    """Return the loss of a kind.
 
     Args:
-        logits: Raw scores of one chunk of positions, any float type.
-        labels: Target ids; ``IGNORE_INDEX`` marks positions without loss. With no target at all
-            the result is 0 and still carries a (zero) gradient.
+        kind: Key of ``FORMS``.
+        normalize: What the step's sum is divided by, see ``TokenLoss``.
+        options: Of the kind, see its function in ``gates`` or ``anchors``.
+
+    Raises:
+        ValueError: The kind is unknown, or an option is out of range.
     """
-    return torch.nn.functional.cross_entropy(
-        logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    if kind not in FORMS:
+        raise ValueError(f"loss must be one of {', '.join(FORMS)}, got {kind!r}")
+    form = FORMS[kind]
+    return TokenLoss(form.make(**options), normalize, form.gates)
+
+
+cross_entropy = make_loss("cross_entropy")
+"""Negative log-likelihood in nats, summed over target positions: see ``TokenLoss.__call__``."""
+
+
+def entropy_weighted_loss(
+    logits: Float[Tensor, "N V"],
+    labels: Int64[Tensor, " N"],
+    *,
+    alpha: float = 1.0,
+    top_k: int = 20,
+    divisor: Literal["ln_k"] | float = "ln_k",
+) -> Float32[Tensor, ""]:
+    """Cross-entropy, weighted per token by how unsure the model is (EAFT).
+
+    A token the model is sure about but gets wrong is a conflict with what it knows; its weight,
+    the normalised entropy, is near 0. Weights carry no gradient. The maths runs in fp32 whatever
+    the dtype of ``logits``.
+
+    Args:
+        logits: Raw scores of one chunk of positions.
+        labels: Target ids, already shifted; ``IGNORE_INDEX`` marks positions without loss.
+        alpha: Power on the weight, no unit, >= 0. 0 gives plain cross-entropy.
+        top_k: Number of largest logits used for the entropy; the rest is dropped and the
+            distribution renormalised, as in the reference.
+        divisor: What the entropy is divided by, in nats: ``ln_k`` or a number > 0.
+
+    Returns:
+        Loss in nats, summed over target tokens, fp32. The engine divides it by the number of
+        target tokens of the whole step, over all ranks.
+
+    Raises:
+        ValueError: ``alpha`` is negative, ``top_k`` is outside 2..vocab, ``divisor`` is not
+            positive, or a label is outside the vocabulary.
+
+    Source:
+        arXiv:2601.02151, definition of L_EAFT. Differs from the reference code
+        (hiyouga/LLaMA-Factory, train/trainer_utils.py), which divides the entropy by 3.0;
+        we divide by ln(top_k), 2.996 for 20, so weights are 0.14 % larger at alpha = 1.
+    """
+    return make_loss("eaft", alpha=alpha, top_k=top_k, divisor=divisor)(logits, labels)
+
+
+def topk_kl_to_source(
+    logits: Float[Tensor, "N V"],
+    labels: Int64[Tensor, " N"],
+    ids: Int64[Tensor, "N K"],
+    logprobs: Float[Tensor, "N K"],
+    *,
+    direction: Literal["forward", "reverse"] = "forward",
+) -> Float32[Tensor, ""]:
+    """Divergence from the source model, known by its most likely tokens, over target positions.
+
+    Args:
+        logits: Raw scores of one chunk of positions.
+        labels: Target ids; only where they are ``IGNORE_INDEX`` matters.
+        ids: Tokens of the source model's prediction, different ones in each row.
+        logprobs: Their log-probabilities in nats over the whole vocabulary.
+        direction: ``forward`` is KL(source || model), ``reverse`` KL(model || source).
+
+    Returns:
+        Sum in nats, fp32; see ``forgetscale.ops.anchors`` for what lies outside ``ids``.
+
+    Raises:
+        ValueError: An id or a label is outside the vocabulary.
+    """
+    size = logits.shape[1]
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise ValueError(
+            f"source ids must lie in 0..{size - 1}, got {int(ids.min())}..{int(ids.max())}"
+        )
+    extra = {"source_ids": ids, "source_log_probs": logprobs}
+    return make_loss("kl", direction=direction)(logits, labels, extra)
+
+
+def _pure(kind: str) -> Callable[..., Tensor]:
+    def loss(
+        logits: Tensor,
+        labels: Tensor,
+        extra: Mapping[str, Tensor] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        return make_loss(kind, **options)(logits, labels, extra)
+
+    loss.__name__, loss.__doc__ = kind, FORMS[kind].make.__doc__
+    return loss
+
+
+LOSSES: Mapping[str, Callable[..., Tensor]] = {kind: _pure(kind) for kind in FORMS}
+"""Kind -> ``(logits [N, V], labels [N], extra=None, **options) -> []``, a sum in nats."""
 
 
 def sample_labels(
@@ -65,144 +208,3 @@ def sampled_cross_entropy(uniform: Float64[Tensor, " positions"]) -> LossFunctio
         return cross_entropy(logits, torch.where(labels == IGNORE_INDEX, labels, drawn))
 
     return loss
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Loss over the vocabulary without the whole logits: gradients are made chunk by chunk."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        trained: Tensor,
-        rows: Tensor | None,
-        bias: Tensor | None,
-        labels: Tensor,
-        loss: LossFunction,
-        chunk_size: int,
-        wants: tuple[bool, bool, bool],
-    ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        wants_hidden, wants_weight, wants_bias = wants
-        hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        weight_grad = torch.zeros_like(trained, dtype=wide) if wants_weight else None
-        bias_grad = torch.zeros_like(bias, dtype=wide) if wants_bias and bias is not None else None
-        for start in range(0, hidden.shape[0], chunk_size):
-            part = slice(start, start + chunk_size)
-            chunk = hidden[part]
-            logits = torch.nn.functional.linear(chunk, weight, bias)
-            if not any(wants):
-                total += loss(logits, labels[part])
-                continue
-            with torch.enable_grad():
-                logits.requires_grad_()
-                value = loss(logits, labels[part])
-                (logits_grad,) = torch.autograd.grad(value, logits)
-            total += value.detach()
-            if hidden_grad is not None:
-                torch.mm(logits_grad, weight, out=hidden_grad[part])
-            if weight_grad is not None:
-                moving = logits_grad if rows is None else logits_grad.index_select(1, rows)
-                weight_grad += moving.t() @ chunk
-            if bias_grad is not None:
-                bias_grad += logits_grad.to(wide).sum(0)
-        ctx.found = (hidden_grad, weight_grad, bias_grad)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,) = grads
-        if ctx.found is None:
-            raise RuntimeError("the chunked loss can be differentiated once; run forward again")
-        scaled: list[Tensor | None] = []
-        for grad, dtype in zip(ctx.found, ctx.dtypes, strict=True):
-            if grad is None:
-                scaled.append(None)
-                continue
-            # In fp32 or better, rounded once: a bf16 factor would bias all gradients alike.
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            scaled.append(grad.to(wide).mul_(scale.to(wide)).to(dtype))
-        ctx.found = None
-        hidden, trained, bias = scaled
-        return (hidden, None, trained, None, bias, None, None, None, None)
-
-
-def chunked_loss(
-    hidden: Float[Tensor, "N D"],
-    weight: Float[Tensor, "V D"],
-    labels: Int64[Tensor, " N"],
-    loss: LossFunction,
-    *,
-    bias: Float[Tensor, " V"] | None = None,
-    trained_rows: tuple[Float[Tensor, "P D"], Int64[Tensor, " P"]] | None = None,
-    chunk_size: int = 1024,
-) -> Float32[Tensor, ""]:
-    """Apply the output head and a loss, ``chunk_size`` positions at a time.
-
-    At most ``[chunk_size, V]`` logits exist at once, and the head's weight is read once: the
-    gradients are computed together with the value and only scaled in backward, so ZeRO-3 gathers
-    the head a single time for both. Costs three head-sized matmuls, as plain code does.
-
-    Args:
-        hidden: Last hidden states of the positions, any float type.
-        weight: Output head ``[vocab, width]``.
-        labels: Target ids, already shifted; ``IGNORE_INDEX`` marks positions without loss.
-        loss: Any ``LossFunction``; it must be a sum over positions.
-        bias: Bias of the head, if the model has one.
-        trained_rows: Where only some rows of the head are trained: the parameter that holds them
-            and their ids. ``weight`` is then a plain tensor and gets no gradient.
-        chunk_size: Positions per chunk, > 0.
-
-    Returns:
-        The summed loss in nats, fp32, differentiable once in ``hidden``, ``weight`` (or the
-        parameter in ``trained_rows``) and ``bias``.
-
-    Raises:
-        ValueError: ``chunk_size`` is not positive.
-    """
-    if chunk_size <= 0:
-        raise ValueError(f"chunk_size must be > 0, got {chunk_size}")
-    grad = torch.is_grad_enabled()
-    trained, rows = (weight, None) if trained_rows is None else trained_rows
-    wants = (
-        grad and hidden.requires_grad,
-        grad and trained.requires_grad,
-        grad and bias is not None and bias.requires_grad,
-    )
-    result = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight.detach(), trained, rows, bias, labels, loss, chunk_size, wants
-    )
-    assert isinstance(result, Tensor)
-    return result
-
-
-@torch.no_grad()
-def token_scores(
-    hidden: Float[Tensor, "N D"],
-    weight: Float[Tensor, "V D"],
-    labels: Int64[Tensor, " N"],
-    *,
-    bias: Float[Tensor, " V"] | None = None,
-    chunk_size: int = 1024,
-) -> tuple[Float32[Tensor, " N"], Bool[Tensor, " N"]]:
-    """Return per-position negative log-likelihood (nats) and whether the label is the argmax.
-
-    Args:
-        hidden: Last hidden states of the positions.
-        weight: Output head.
-        labels: Ids to score, in ``0..vocab-1`` everywhere.
-        bias: Bias of the head, if the model has one.
-        chunk_size: Positions whose logits exist at one time, > 0.
-    """
-    nll = torch.empty(labels.shape[0], dtype=torch.float32, device=hidden.device)
-    best = torch.empty(labels.shape[0], dtype=torch.bool, device=hidden.device)
-    for start in range(0, hidden.shape[0], chunk_size):
-        part = slice(start, start + chunk_size)
-        logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
-        chosen = logits.gather(1, labels[part, None])[:, 0]
-        nll[part] = torch.logsumexp(logits, 1) - chosen
-        best[part] = logits.argmax(1) == labels[part]
-    return nll, best
