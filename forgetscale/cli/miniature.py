@@ -24,6 +24,8 @@ METHOD_NAMES = (
     "ssu/paper+shield",
     "ssu/paper@0.7",
     "ssu/paper@0.7+shield",
+    "ssu/forgetscale",
+    "ssu/forgetscale+shield",
     "ssu/official",
     "ssu/mag_l1",
     "ssu/mag_l2",

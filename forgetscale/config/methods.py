@@ -12,10 +12,18 @@ from pydantic import ConfigDict, Discriminator
 from forgetscale.config.ranges import STRICT, require, require_fraction
 
 ScoreName = Literal[
-    "paper", "official", "mag_l1", "mag_l2", "rand", "fisher", "sgpt_true", "sgpt_official"
+    "paper",
+    "official",
+    "mag_l1",
+    "mag_l2",
+    "rand",
+    "fisher",
+    "sgpt_true",
+    "sgpt_official",
+    "forgetscale",
 ]
 SCORES: tuple[str, ...] = get_args(ScoreName)
-DATA_SCORES = ("paper", "official", "fisher", "sgpt_true", "sgpt_official")
+DATA_SCORES = ("paper", "official", "fisher", "sgpt_true", "sgpt_official", "forgetscale")
 """Scores that are measured on source data."""
 AXIS_SCORES = ("paper", "official", "mag_l1", "mag_l2", "rand")
 """Scores that are defined for rows and single elements as well as for columns."""
@@ -91,7 +99,8 @@ class SsuMethodConfig:
     frozen_fraction: float = 0.5
     """Share of columns frozen in each matrix, in [0, 1]; 0 protects nothing, 1 freezes the body."""
     score: ScoreName = "paper"
-    """Column score; see ``forgetscale.ops.importance.column_scores``."""
+    """Column score; see ``forgetscale.ops.importance.column_scores``. With ``forgetscale`` the
+    fraction is a share of all matrices' elements: it ranks the columns of all of them together."""
     fisher: FisherConfig | None = None
     """Only for ``score: fisher``; None takes its defaults."""
     axis: Literal["column", "row", "element"] = "column"

@@ -6,7 +6,7 @@ Shape letters: O out features, I in features, B blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -37,12 +37,14 @@ MATRIX_RULES: dict[str, Rule] = {
     "fisher": Rule("fisher", None),
     "sgpt_true": Rule("curvature", 2, exponent=2),
     "sgpt_official": Rule("recent_mean_square", None),
+    "forgetscale": Rule("fisher", None),
 }
 """How the columns of a matrix are scored, by name."""
 
 VECTOR_RULES: dict[str, Rule] = MATRIX_RULES | {
     "official": Rule("mean_square", 2, offset=1.0),
     "sgpt_official": Rule("recent_mean_square", 2, offset=1.0),
+    "forgetscale": Rule(None, 2),
 }
 """How the elements of a 1-D tensor are scored: each is a column of one element. The published code
 has one formula for them, ``|w_j| (1 + a_j)`` with the activation statistic of the score."""
@@ -111,7 +113,8 @@ def column_scores(
             ``official``: ``||W[:, j]||_2 * mean_t x_tj^2`` (no root); ``mag_l1``, ``mag_l2``: the
             weight norm alone; ``fisher``: the statistic ``sum_i F_ij`` alone; ``sgpt_true``:
             ``||W[:, j]||_2^2`` times ``conditional_curvature``; ``sgpt_official``: the mean square
-            with weights from ``recent_block_weights`` alone.
+            with weights from ``recent_block_weights`` alone; ``forgetscale``: as ``fisher``, but
+            chosen by ``select_jointly``.
 
     Returns:
         Scores ``[in_features]`` in fp32. Only their order within one matrix has a meaning; any
@@ -218,3 +221,40 @@ def select_frozen(scores: Float[Tensor, " I"], frozen_fraction: float) -> Int64[
     count = num_frozen(scores.numel(), frozen_fraction)
     order = torch.argsort(scores, descending=True, stable=True)
     return order[:count].sort().values
+
+
+def select_jointly(
+    scores: Sequence[Tensor], heights: Sequence[int], frozen_fraction: float
+) -> list[Tensor]:
+    """Choose columns of several matrices in one ranking by score per element.
+
+    A column costs as many elements as its matrix is high. Columns are frozen from the highest score
+    per element down, until the next one would exceed the share of elements; ties go to the earlier
+    matrix, then to the lower index. So a matrix on which the source model relies much is frozen
+    more than others, or whole, and one on which it relies little stays free.
+
+    Args:
+        scores: Per matrix one score a column, summed over its elements, comparable between matrices
+            (``fisher`` is: all its values are squared gradients of the same loss).
+        heights: Out features of each matrix.
+        frozen_fraction: Share of the elements of all matrices, in [0, 1].
+
+    Returns:
+        Sorted indices of the frozen columns of each matrix.
+
+    Raises:
+        ValueError: A score is NaN, or the fraction is outside [0, 1].
+
+    Source:
+        Ours; evidence in ``launch/bench/rule_search.py``. arXiv:2512.04844 ranks in each matrix.
+    """
+    widths = [len(score) for score in scores]
+    joint = torch.cat([s.double() / height for s, height in zip(scores, heights, strict=True)])
+    if bool(torch.isnan(joint).any()):
+        raise ValueError("scores contain NaN; check the calibration data and the weights")
+    costs = torch.repeat_interleave(torch.tensor(heights), torch.tensor(widths))
+    order = torch.argsort(joint, descending=True, stable=True)
+    budget = num_frozen(int(costs.sum()), frozen_fraction)
+    chosen = torch.zeros(joint.numel(), dtype=torch.bool)
+    chosen[order[costs[order].cumsum(0) <= budget]] = True
+    return [part.nonzero().flatten() for part in chosen.split(widths)]

@@ -85,7 +85,19 @@ def test_scores_give_different_plans(plans):
     assert len(hashes) == len(SCORES)
 
 
-@pytest.mark.parametrize("score", SCORES)
+def test_forgetscale_freezes_its_share_of_all_matrices(plans, runs: Runs):
+    columns = plans[2][0]["forgetscale"]["columns"]
+    shapes = {n: w.shape for n, w in runs.get("ssu", 1).source.items() if n in columns}
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    total = sum(shape.numel() for shape in matrices.values())
+    frozen = sum(len(columns[name]) * shape[0] for name, shape in matrices.items())
+    highest = max(shape[0] for shape in matrices.values())
+    assert total // 2 - highest < frozen <= total // 2
+    shares = {len(columns[name]) / shape[1] for name, shape in matrices.items()}
+    assert max(shares) > 1.2 * min(shares), "matrices are not frozen alike"
+
+
+@pytest.mark.parametrize("score", [name for name in SCORES if name != "forgetscale"])
 def test_each_matrix_is_frozen_at_the_fraction(plans, runs: Runs, score: str):
     columns = plans[2][0][score]["columns"]
     shapes = {n: w.shape for n, w in runs.get("ssu", 1).source.items()}

@@ -7,10 +7,11 @@ the half with the highest scores never moves during training. Embeddings and hea
 Use it when a model must learn a language or domain from raw text and keep its chat behaviour.
 ``frozen_fraction`` 0.5 is the published setting. ``score: paper`` is the formula of the paper,
 ``official`` that of its code (they differ, see ``forgetscale.ops.importance``); ``mag_l1``,
-``mag_l2`` and ``rand`` are controls. ``axis: row`` and ``axis: element`` freeze output features or
-single weights instead, each scored both as the paper's formula says and as its code does. Costs one
-forward pass over the calibration blocks and, in the masked layout, one multiply per gradient
-element and step.
+``mag_l2`` and ``rand`` are controls. ``score: forgetscale`` is ours: columns by their Fisher
+information on the source data per element, ranked over all matrices together. ``axis: row`` and
+``axis: element`` freeze output features or single weights instead, each scored both as the paper's
+formula says and as its code does. Costs one forward pass over the calibration blocks (and one
+backward for Fisher scores) and, in the masked layout, one multiply per gradient element and step.
 """
 
 from forgetscale.methods.ssu.method import Ssu

@@ -18,7 +18,7 @@ from forgetscale.methods.ssu.elements import frozen_elements
 from forgetscale.methods.ssu.rows import frozen_rows
 from forgetscale.methods.ssu.scores import Statistics, column_scores_of, input_statistics
 from forgetscale.methods.ssu.targets import Target, embedding_names, find_targets
-from forgetscale.ops.importance import num_frozen, select_frozen
+from forgetscale.ops.importance import num_frozen, select_frozen, select_jointly
 
 STATISTIC = {"paper": "l2_norm", "official": "mean_square"}
 """Statistic of the inputs that a score of rows or elements multiplies by."""
@@ -58,7 +58,7 @@ class Ssu(Unprotected):
             }
         else:
             scores = self._column_scores(calibration, in_columns, measured)
-            columns = {n: select_frozen(v, config.frozen_fraction) for n, v in scores.items()}
+            columns = self._select(in_columns, scores)
         rows = self._shielded_rows(calibration)
         elements: dict[str, Tensor] = {}
         matrices = [t for t in scored if not t.is_vector]
@@ -105,6 +105,17 @@ class Ssu(Unprotected):
         if config.axis == "column" or config.score not in STATISTIC or not targets:
             return {}
         return input_statistics(calibration, targets, config)
+
+    def _select(self, targets: list[Target], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Choose the frozen columns; ``forgetscale`` takes those of all matrices together."""
+        fraction = self._config.frozen_fraction
+        joint = [t for t in targets if self._config.score == "forgetscale" and not t.is_vector]
+        columns = {n: select_frozen(v, fraction) for n, v in scores.items()}
+        if joint:
+            heights = [target.shape[0] for target in joint]
+            found = select_jointly([scores[t.name] for t in joint], heights, fraction)
+            columns |= {t.name: index for t, index in zip(joint, found, strict=True)}
+        return columns
 
     def _column_scores(
         self, calibration: Calibration, targets: list[Target], measured: Statistics

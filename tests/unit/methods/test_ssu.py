@@ -184,7 +184,7 @@ class TestErrors:
             with pytest.raises(DataError) as caught:
                 plan_of(calibration, score=score)
             wanted = "ssu: extra never ran on the calibration data,"
-            if score == "fisher":
+            if score in ("fisher", "forgetscale"):
                 wanted = "ssu: extra.weight got no gradient on the calibration data,"
             assert str(caught.value).startswith(wanted)
             assert "\n" not in str(caught.value)
@@ -239,8 +239,11 @@ class TestErrors:
             plan_of(calibration, score="sgpt_true", calibration={"max_statistics_bytes": 100})
 
 
+PER_MATRIX = [name for name in SCORES if name != "forgetscale"]
+
+
 class TestPlans:
-    @pytest.mark.parametrize("score", [name for name in SCORES if name != "rand"])
+    @pytest.mark.parametrize("score", [name for name in PER_MATRIX if name != "rand"])
     def test_scores_are_kept_beside_the_plan(self, calibration, tmp_path, score: str):
         plan = plan_of(calibration, score=score, frozen_fraction=0.5)
         save_plan(tmp_path / "plan", plan)
@@ -261,7 +264,7 @@ class TestPlans:
 
     def test_several_scores_share_their_passes(self, calibration, body):
         targets = find_targets(body)
-        names = [name for name in SCORES if name not in ("rand", "fisher")]
+        names = [name for name in SCORES if name not in ("rand", "fisher", "forgetscale")]
         together = column_scores_of(calibration, targets, names, config(score="sgpt_true"))
         assert calibration.passes == 3
         for name in names:
@@ -287,7 +290,22 @@ class TestPlans:
             scores = column_scores(weight, None if statistic is None else statistic, score)
             assert torch.equal(plan.columns[f"{name}.weight"], select_frozen(scores, 0.5))
 
-    @pytest.mark.parametrize("score", SCORES)
+    @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 1.0])
+    def test_forgetscale_ranks_all_matrices_together(self, calibration, fraction: float):
+        fisher = plan_of(calibration, score="fisher", frozen_fraction=fraction).scores
+        plan = plan_of(calibration, score="forgetscale", frozen_fraction=fraction)
+        names = ["left.weight", "right.weight", "extra.weight"]
+        # All three are 4 high: 16 columns, ranked by their sum of squared gradients.
+        joint = torch.cat([fisher[name] for name in names])
+        frozen = torch.zeros(16, dtype=torch.bool)
+        frozen[select_frozen(joint, fraction)] = True
+        for name, part in zip(names, frozen.split([6, 6, 4]), strict=True):
+            assert torch.equal(plan.columns[name], part.nonzero().flatten()), name
+        for name in ("left.bias", "norm.weight"):
+            weight = calibration.structure.get_parameter(name).detach().abs()
+            assert torch.equal(plan.columns[name], select_frozen(weight, fraction))
+
+    @pytest.mark.parametrize("score", PER_MATRIX)
     @pytest.mark.parametrize(
         ("fraction", "wide", "narrow"), [(0.0, 0, 0), (0.3, 1, 1), (1.0, 6, 4)]
     )

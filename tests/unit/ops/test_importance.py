@@ -15,6 +15,7 @@ from forgetscale.ops.importance import (
     num_frozen,
     recent_block_weights,
     select_frozen,
+    select_jointly,
 )
 
 FIGURE_WEIGHT = torch.tensor([[0.0, 2, 7, 3, 4], [5, 1, 9, 8, 1], [1, 3, 2, 0, 6]])
@@ -23,6 +24,37 @@ RULES_WEIGHT = torch.tensor([[1.0, 3, 0, 2], [1, 0, 2, 2], [1, 0, 0, 2], [1, 0, 
 RULES_INPUT = torch.tensor([[3.0, 1, 2, 1], [4, 2, 2, 1], [0, 2, 1, 1]])
 RULES_NORM = {"paper": RULES_INPUT.norm(dim=0), "official": RULES_INPUT.square().mean(0)}
 RULES = ("paper", "official", "mag_l1", "mag_l2")
+
+
+class TestSelectJointly:
+    def test_worked(self):
+        # Per element 4, 1 | 3, 2.5, 0; the first matrix is 2 high, the second 4.
+        scores = [torch.tensor([8.0, 2]), torch.tensor([12.0, 10, 0])]
+        for fraction, expected in {
+            0.0: ([], []),
+            0.125: ([0], []),
+            0.3: ([0], []),
+            0.375: ([0], [0]),
+            0.625: ([0], [0, 1]),
+            0.75: ([0, 1], [0, 1]),
+            1.0: ([0, 1], [0, 1, 2]),
+        }.items():
+            found = select_jointly(scores, [2, 4], fraction)
+            assert tuple(index.tolist() for index in found) == expected, fraction
+
+    def test_ties_go_to_the_earlier_matrix_and_column(self):
+        found = select_jointly([torch.ones(3), torch.ones(3)], [1, 1], 0.7)
+        assert [index.tolist() for index in found] == [[0, 1, 2], [0]]
+
+    def test_one_matrix_is_select_frozen(self):
+        scores = torch.rand(17)
+        for fraction in (0.0, 0.2, 0.5, 0.93, 1.0):
+            (found,) = select_jointly([scores], [5], fraction)
+            assert torch.equal(found, select_frozen(scores, fraction))
+
+    def test_nan(self):
+        with pytest.raises(ValueError, match="NaN"):
+            select_jointly([torch.tensor([1.0, float("nan")])], [2], 0.5)
 
 
 class TestFigureOne:
