@@ -20,6 +20,7 @@ from forgetscale.data.mixture import MixedOrder
 from forgetscale.data.skip_list import SkipList
 from forgetscale.data.token_set import TokenSet
 from forgetscale.data.training_data import DataPart, TrainingData
+from forgetscale.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +141,26 @@ class TokenStream(Iterator[StreamBatch]):
         )
 
     def __next__(self) -> StreamBatch:
-        """Return the next batch of this rank."""
+        """Return the next batch of this rank.
+
+        Raises:
+            DataError: A row is damaged; the cursor stays before it, so asking again raises again.
+        """
+        before = self._rows.cursor
         share = next(self._rows)
         set_ids, rows = share.set_ids, share.row_ids
+        try:
+            input_ids = self.data.read(set_ids, rows)
+        except DataError:
+            self._rows.cursor = before
+            raise
         metrics: dict[str, float] = {}
         if self.skips is not None and len(self.skips):
             metrics["data/skipped_rows"] = share.num_skipped
         if len(self.data.parts) > 1:
             metrics |= self.data.shares(self._rows.counts())
         return StreamBatch(
-            input_ids=self.data.read(set_ids, rows),
+            input_ids=input_ids,
             row_ids=torch.from_numpy(rows.copy()),
             set_ids=torch.from_numpy(set_ids),
             skipped=torch.from_numpy(share.skipped),

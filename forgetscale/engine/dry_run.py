@@ -106,7 +106,7 @@ def mock_steps(recipe: Recipe, method: Method, world: World) -> Trial:
         start = time.perf_counter()
         size = recipe.train.micro_batch_size
         batches = list(
-            micro_batches(rows.input_ids, size, count, rows.doc_lens, document_mask=mask)
+            micro_batches(rows.input_ids, size, count, doc_lens=rows.doc_lens, document_mask=mask)
         )
         num_targets = count_targets(batches, world)
         loss_sum = float(accumulate(engine, method.loss, batches, num_targets))
