@@ -257,4 +257,4 @@ def select_jointly(
     budget = num_frozen(int(costs.sum()), frozen_fraction)
     chosen = torch.zeros(joint.numel(), dtype=torch.bool)
     chosen[order[costs[order].cumsum(0) <= budget]] = True
-    return [part.nonzero().flatten() for part in chosen.split(widths)]
+    return [part.nonzero().flatten() for part in torch.split(chosen, widths)]
