@@ -94,7 +94,7 @@ def build(options: BuildOptions, mpi: MpiTeam | None = None) -> dict[str, Any]:
     if mpi is not None and mpi.rank > 0:
         mpi.start(None, None)
         work(mpi.order, mpi)
-        mpi.close()
+        mpi.finish()
         return {}
     try:
         return _build(options, mpi)
@@ -110,11 +110,14 @@ def _build(options: BuildOptions, mpi: MpiTeam | None) -> dict[str, Any]:
     paths = _input_files(options)
     team = mpi or _local_team(paths, options)
     _remove_unpaired(options)
-    with Scratch(options.outputs, team.token) as scratch, ExitStack() as stack:
+    shared = mpi is not None
+    with Scratch(options.outputs, team.token, shared=shared) as scratch, ExitStack() as stack:
         job = _Job(options, paths, scratch)
         stack.callback(team.close)
         team.start(scratch.run / "alive", job.order)
-        return job.run(team)
+        payload = job.run(team)
+        team.finish()
+        return payload
 
 
 def _remove_unpaired(options: BuildOptions) -> None:

@@ -29,13 +29,15 @@ class Scratch:
     Args:
         outputs: Folders to be made; the first one names the scratch folder.
         token: Name of this start.
+        shared: Whether other ranks may still look into it after a failure.
 
     Raises:
         DataError: An output exists, or its place cannot be written.
     """
 
-    def __init__(self, outputs: Sequence[Path], token: str) -> None:
+    def __init__(self, outputs: Sequence[Path], token: str, *, shared: bool = False) -> None:
         self._outputs = outputs
+        self._shared = shared
         self.folder = scratch_folder(outputs[0])
         self.run = self.folder / f"run-{token}"
 
@@ -56,11 +58,15 @@ class Scratch:
                     f"output folder {output} cannot be made ({error.strerror}); name another"
                     " --output or change the rights of the folder above it."
                 ) from error
+        for stale in self.folder.glob("run-*"):
+            shutil.rmtree(stale, ignore_errors=True)
         self.run.mkdir(parents=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Remove everything after success; after a failure keep finished units, if any."""
+        if kind is not None and self._shared:
+            return  # the next start removes what is of no use
         shutil.rmtree(self.run, ignore_errors=True)
         if kind is None or not holds_results(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -62,6 +62,9 @@ class Team:
             ForgetScaleError: One of them ended early.
         """
 
+    def finish(self) -> None:
+        """Wait until no other process needs the shared folder any more."""
+
     def close(self) -> None:
         """End what was started."""
 
@@ -202,11 +205,18 @@ class MpiTeam(Team):
                     " the same command again, finished units are kept."
                 )
 
+    def finish(self) -> None:
+        """Say that this rank is ready; rank 0 waits for all, as it removes the shared folder."""
+        assert self._folder is not None
+        (self._folder / f"{self.rank:05d}.done").touch()
+        if self.rank == 0:
+            done = [self._folder / f"{rank:05d}.done" for rank in range(self.num_workers)]
+            wait_for(lambda: all(path.exists() for path in done), self)
+        self.close()
+
     def close(self) -> None:
-        """Say that this rank ended in order."""
+        """Stop the signs of life."""
         self._ended.set()
-        if self._folder is not None and self._folder.is_dir():
-            (self._folder / f"{self.rank:05d}.done").touch()
 
     def abort(self, code: int) -> None:
         """End all ranks at once with exit code ``code``."""

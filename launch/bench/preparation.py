@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", nargs="*", default=["datasets", "datatrove"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -109,7 +110,7 @@ def main() -> None:
         ),
         "budget": 0.9,
     }
-    for name in ("data_prep", "datasets", "datatrove"):
+    for name in ("data_prep", *options.peers):
         if "missing" in result[name]:
             found[name] = result[name]
             continue
@@ -174,7 +175,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, li
     python, tokenizer = sys.executable, str(folder / "tokenizer")
     processes = str(options.processes)
     found: dict[str, dict[str, list[float]]] = {"tokenizer": {"wall": [], "cpu": []}}
-    scripts = {"datasets": DATASETS, "datatrove": DATATROVE}
+    known = {"datasets": DATASETS, "datatrove": DATATROVE}
+    scripts = {name: known[name] for name in options.peers}
     for name in ("data_prep", *scripts):
         if importlib.util.find_spec(name) is None:
             found[name] = {"missing": [f"{name} is not installed"]}  # type: ignore[list-item]

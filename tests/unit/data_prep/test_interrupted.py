@@ -253,7 +253,9 @@ def test_a_silent_rank_is_noticed(tmp_path):
     (world.folder / "00000.done").touch()
     team._next_check = 0.0
     team.check()
-    team.close()
+    (world.folder / "00001.done").unlink(missing_ok=True)
+    team.finish()
+    assert (world.folder / "00001.done").exists()
 
 
 def test_output_that_cannot_be_made(many_files, tokenizer_dir, tmp_path):
