@@ -80,7 +80,8 @@ def run(options: argparse.Namespace) -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         for done in [pool.submit(world.prepare) for world in worlds]:
             done.result()
-        pending = [pool.submit(world.adapt, name) for world in worlds for name in options.methods]
+        # Method by method: a study that is cut short has whole methods, not whole seeds.
+        pending = [pool.submit(world.adapt, name) for name in options.methods for world in worlds]
         run_dirs = [done.result() for done in pending]
     report = build_report(
         run_dirs, options.output, title="A model learns a language and keeps what it knew"
