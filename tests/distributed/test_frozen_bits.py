@@ -136,6 +136,19 @@ class TestVectors:
         assert all(same_bits(run.export[name], run.source[name]) for name in vectors)
 
 
+def test_one_ranking_over_all_matrices_trains_in_the_compact_layout(runs: Runs):
+    # Matrices are frozen at different shares here, some of them whole.
+    run = runs.get({**SSU, "score": "forgetscale", "frozen_fraction": 0.7}, 2)
+    shares = set()
+    for name, frozen in run.frozen.items():
+        assert same_bits(run.export[name][frozen], run.source[name][frozen]), name
+        if not bool(frozen.all()):
+            assert (run.masters[name] != run.source[name])[~frozen].float().mean() > 0.999, name
+        if "_proj" in name:
+            shares.add(round(float(frozen.float().mean()), 3))
+    assert len(shares) > 5
+
+
 class TestRows:
     @pytest.mark.parametrize("layout", ["ssu", "masked"])
     def test_shielded_rows_stay_and_their_neighbours_move(self, runs: Runs, layout: str):
