@@ -138,8 +138,8 @@ class Method(Protocol):
     def prepare(self, calibration: Calibration) -> FreezePlan | None:
         """Return the freeze plan, or None if nothing is protected."""
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss summed over positions: ``[N, V], [N] -> []`` fp32."""
+    loss: LossFunction
+    """Sum over positions, ``[N, V], [N] -> []`` fp32: the recipe's ``method.loss``."""
 
     def transform_gradients(self, shards: ShardSet, step: int) -> None:
         """Edit ``grad`` of the slices in place."""
@@ -171,13 +171,12 @@ def overrides(method: Method, hook: str) -> bool:
 class Unprotected:
     """A method that protects nothing; others inherit the hooks they do not need."""
 
+    loss: LossFunction = cross_entropy
+    """Set from the recipe by ``METHODS``; a protection does not ask which loss it is."""
+
     def prepare(self, calibration: Calibration) -> FreezePlan | None:
         """Freeze nothing."""
         return None
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return plain cross-entropy, summed."""
-        return cross_entropy(logits, labels)
 
     def transform_gradients(self, shards: ShardSet, step: int) -> None:
         """Leave the gradients alone."""

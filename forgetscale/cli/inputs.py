@@ -21,13 +21,20 @@ def check_inputs(recipe: Recipe) -> None:
     """Open the recipe's model, token sets, plan and tasks. Call on one process; reads headers.
 
     Raises:
-        ConfigError: A task cannot be measured as asked, or the plan does not fit the model.
+        ConfigError: The loss looks at more logits than there are, a task cannot be measured as
+            asked, or the plan does not fit the model.
         DataError: A folder is missing, damaged or made with another tokenizer, or a skip list is
             wrong.
     """
     config = read_model_config(recipe.model.path, recipe.model.attn_implementation)
     shapes = parameter_shapes(build_skeleton(config))
     SafetensorsFolder(recipe.model.path).check_shapes(shapes)
+    top_k = getattr(recipe.method.loss, "top_k", 0)
+    if top_k > config.vocab_size:
+        raise ConfigError(
+            f"method.loss.top_k is {top_k}, but {recipe.model.path} has a vocabulary of"
+            f" {config.vocab_size}; lower it."
+        )
     read_run_skips(recipe, open_data(recipe.data, recipe.model.path))
     calibration = getattr(recipe.method, "calibration", None)
     if calibration is not None:

@@ -14,6 +14,11 @@ from forgetscale.config.load import (
     recipe_dict,
     validate_recipe,
 )
+from forgetscale.config.losses import (
+    CrossEntropyLossConfig,
+    EaftLossConfig,
+    LossConfig,
+)
 from forgetscale.config.methods import (
     DATA_SCORES,
     SCORES,
@@ -37,12 +42,15 @@ from forgetscale.config.recipe import (
 
 __all__ = [
     "CalibrationConfig",
+    "CrossEntropyLossConfig",
     "DATA_SCORES",
     "DataConfig",
+    "EaftLossConfig",
     "EvaluateConfig",
     "FisherConfig",
     "GmtMethodConfig",
     "HftMethodConfig",
+    "LossConfig",
     "LotaMethodConfig",
     "S2ftMethodConfig",
     "MixtureDataConfig",

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from forgetscale.config.losses import SHORTHANDS, resolve_shorthand
 from forgetscale.config.recipe import Recipe
 from forgetscale.errors import ConfigError
 
@@ -91,19 +92,22 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
     return result
 
 
-def _dataclass_at(location: tuple[Any, ...]) -> list[str]:
-    """Return the field names valid beside the last part of ``location``."""
+def _walk(location: tuple[Any, ...]) -> tuple[str, list[Any]]:
+    """Return the path a user wrote for a location of pydantic's, and what sections stand there.
+
+    Pydantic names the kind of a section behind its name; in a recipe that is a value.
+    """
     candidates: list[Any] = [Recipe]
-    for part in location[:-1]:
-        found: list[Any] = []
-        for candidate in candidates:
-            hints = typing.get_type_hints(candidate)
-            if part in hints:
-                found += _dataclasses_in(hints[part])
-            elif part in {getattr(candidate, "kind", None), *_kinds(candidate)}:
-                found.append(candidate)
-        candidates = found or candidates
-    return sorted({name.name for item in candidates for name in dataclasses.fields(item)})
+    shown: list[str] = []
+    for part in location:
+        matching = [item for item in candidates if part in _kinds(item)]
+        fields = [typing.get_type_hints(item).get(part) for item in candidates]
+        if matching and not any(fields):
+            candidates = matching
+            continue
+        shown.append(str(part))
+        candidates = [found for hint in fields if hint for found in _dataclasses_in(hint)]
+    return ".".join(shown), candidates
 
 
 def _kinds(candidate: Any) -> tuple[Any, ...]:
@@ -120,19 +124,14 @@ def _dataclasses_in(hint: Any) -> list[Any]:
     return []
 
 
-def _known_kinds(section: str) -> set[str]:
-    """Return the kinds of a section of the recipe, none if it has only one form."""
-    hint = typing.get_type_hints(Recipe).get(section)
-    return {kind for item in _dataclasses_in(hint) for kind in _kinds(item)}
-
-
 def _sentence(error: Mapping[str, Any]) -> str:
     location = tuple(error["loc"])
-    kinds = _known_kinds(str(location[0])) if location else set()
-    shown = ".".join(str(part) for i, part in enumerate(location) if not (part in kinds and i == 1))
+    shown, sections = _walk(location)
+    kinds = sorted({kind for item in sections for kind in _kinds(item)})
     kind, value = error["type"], error.get("input")
     if kind == "unexpected_keyword_argument":
-        names = _dataclass_at(location)
+        beside = _walk(location[:-1])[1]
+        names = sorted({item.name for section in beside for item in dataclasses.fields(section)})
         near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
         hint = f"nearest valid name: {near[0]}" if near else f"valid names: {', '.join(names)}"
         return f"{shown} is not a recipe field (value {value!r}; {hint})."
@@ -143,12 +142,13 @@ def _sentence(error: Mapping[str, Any]) -> str:
         allowed = context.get("expected_tags") or context.get("expected") or ""
         found = context.get("tag", value)
         names = [name.strip(" '") for name in allowed.replace(" or ", ",").split(",")]
+        names += SHORTHANDS if shown == "method" else ()
         near = difflib.get_close_matches(str(found), names, n=1, cutoff=0.5)
         name = shown if kind == "literal_error" else f"{shown}.kind"
         hint = f"; nearest: {near[0]}" if near else ""
         return f"{name} is {found!r}, expected one of {', '.join(names)}{hint}."
     if kind == "union_tag_not_found":
-        return f"{shown}.kind is missing; expected one of {', '.join(sorted(kinds))}."
+        return f"{shown}.kind is missing; expected one of {', '.join(kinds)}."
     message = str(error["msg"]).removeprefix("Value error, ")
     if kind == "value_error":
         return f"{shown}: {message}."
@@ -165,7 +165,7 @@ def validate_recipe(values: Mapping[str, Any]) -> Recipe:
         ConfigError: One sentence per mistake, each with path, value and nearest valid name.
     """
     try:
-        return _ADAPTER.validate_python(dict(values))
+        return _ADAPTER.validate_python(dict(resolve_shorthand(values)))
     except ValidationError as error:
         sentences = [_sentence(item) for item in error.errors(include_url=False)]
         raise ConfigError("\n".join(dict.fromkeys(sentences))) from error

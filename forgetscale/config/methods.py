@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict, Discriminator
 
+from forgetscale.config.losses import CrossEntropyLossConfig, LossConfig
 from forgetscale.config.ranges import STRICT, require, require_fraction
 
 ScoreName = Literal[
@@ -71,6 +72,8 @@ class SftMethodConfig:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kind: Literal["sft"] = "sft"
+    loss: LossConfig = CrossEntropyLossConfig()
+    """What is minimised; any loss goes with any protection."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +99,8 @@ class SsuMethodConfig:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kind: Literal["ssu"]
+    loss: LossConfig = CrossEntropyLossConfig()
+    """What is minimised; any loss goes with any protection."""
     frozen_fraction: float = 0.5
     """Share of columns frozen in each matrix, in [0, 1]; 0 protects nothing, 1 freezes the body."""
     score: ScoreName = "paper"
@@ -155,6 +160,8 @@ class HftMethodConfig:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kind: Literal["hft"]
+    loss: LossConfig = CrossEntropyLossConfig()
+    """What is minimised; any loss goes with any protection."""
     frozen_fraction: float = 0.5
     """Share of each layer's parameters, in [0, 1]; 0.5 is the paper's, see ``group_counts``."""
     plan: Path | None = None
@@ -173,6 +180,8 @@ class GmtMethodConfig:
 
     kind: Literal["gmt", "gmt_official"]
     """``gmt`` holds masked weights still in that step; ``gmt_official`` is the published code."""
+    loss: LossConfig = CrossEntropyLossConfig()
+    """What is minimised; any loss goes with any protection."""
     trainable_fraction: float = 0.5
     """Share of each tensor's elements that a step may change, in [0, 1]; 1 is plain training."""
 
@@ -188,6 +197,8 @@ class LotaMethodConfig:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kind: Literal["lota"]
+    loss: LossConfig = CrossEntropyLossConfig()
+    """What is minimised; any loss goes with any protection."""
     trainable_fraction: float = 0.1
     """Share of the body's elements that may move, in [0, 1]; the paper's sparsity is 1 minus it."""
     num_trial_steps: int = 100
@@ -216,6 +227,8 @@ class S2ftMethodConfig:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kind: Literal["s2ft"]
+    loss: LossConfig = CrossEntropyLossConfig()
+    """What is minimised; any loss goes with any protection."""
     trainable_fraction: float = 0.015
     """Share of all layers' channels (and heads), in [0, 1]; at least one if above 0."""
     variant: Literal["down", "down_output"] = "down"

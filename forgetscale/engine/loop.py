@@ -17,11 +17,12 @@ from forgetscale.config import Recipe
 from forgetscale.data import StreamBatch, TokenStream
 from forgetscale.engine.audit import FreezeAudit
 from forgetscale.engine.metrics import MetricsLog, memory_bytes
+from forgetscale.engine.step_loss import divide_by_weights, summarize_loss
 from forgetscale.engine.stop import StopRequest
 from forgetscale.errors import DataError, NonFiniteError, StoppedEarly
 from forgetscale.ops import IGNORE_INDEX
 from forgetscale.ops.documents import document_positions, packed_labels
-from forgetscale.ops.losses import LossFunction
+from forgetscale.ops.losses import LossFunction, LossRecord, LossSums
 from forgetscale.ops.schedule import learning_rate
 from forgetscale.progress import Progress
 from forgetscale.zero3 import World, ZeroEngine
@@ -139,6 +140,7 @@ def accumulate(
     loss_function: LossFunction,
     batches: Sequence[MicroBatch],
     num_targets: int,
+    record: LossRecord | None = None,
 ) -> Tensor:
     """Run forward and backward over a step's micro-batches.
 
@@ -150,6 +152,7 @@ def accumulate(
         loss_function: Sum over positions.
         batches: This rank's micro-batches, as many as every other rank has.
         num_targets: Target tokens of the step over all ranks.
+        record: Adds up what lies beside the loss.
 
     Returns:
         This rank's summed loss, fp32. Collective: every rank must call it.
@@ -159,7 +162,11 @@ def accumulate(
     for number, (ids, labels, positions) in enumerate(batches):
         places = None if positions is None else positions.to(world.device)
         loss = engine(
-            ids.to(world.device), labels.to(world.device), loss_function, position_ids=places
+            ids.to(world.device),
+            labels.to(world.device),
+            loss_function,
+            position_ids=places,
+            record=record,
         )
         loss_sum += loss.detach()
         engine.backward(loss * (world.size / num_targets), last=number == len(batches) - 1)
@@ -191,12 +198,14 @@ def train_step(job: Training, batch: StreamBatch, step: int) -> StepResult:
     )
     num_targets = count_targets(batches, world)
 
-    loss_sum = accumulate(engine, job.method.loss, batches, num_targets)
+    record = LossRecord()
+    loss_sum = accumulate(engine, job.method.loss, batches, num_targets, record)
     shards = engine.shards
+    divide_by_weights(engine, job.method.loss, record, num_targets)
     if overrides(job.method, EDITS_GRADIENTS):
         job.method.transform_gradients(shards, step)
         shards.write_gradients()
-    mean_loss, stop = _agree_finite(job, loss_sum, num_targets, step)
+    sums, stop = _agree_finite(job, loss_sum, record, step)
     lr = learning_rate(
         step,
         num_steps=job.num_steps,
@@ -206,17 +215,17 @@ def train_step(job: Training, batch: StreamBatch, step: int) -> StepResult:
     )
     shards.freeze(decay=lr * optim.weight_decay)
     grad_norm = engine.step(lr)
-    method_metrics: Mapping[str, float] = {}
+    mean_loss, method_metrics = summarize_loss(job.method.loss, sums, num_targets)
     if overrides(job.method, EDITS_PARAMS):
-        method_metrics = job.method.after_step(shards, step)
+        method_metrics |= job.method.after_step(shards, step)
         shards.write_params()
     return StepResult(mean_loss, grad_norm, num_targets, stop, method_metrics)
 
 
 def _agree_finite(
-    job: Training, loss_sum: Tensor, num_targets: int, step: int
-) -> tuple[float, bool]:
-    """Return the mean loss and whether to stop, or raise on all ranks if a number is not finite."""
+    job: Training, loss_sum: Tensor, record: LossRecord, step: int
+) -> tuple[LossSums, bool]:
+    """Return the step's sums and whether to stop; raise on all ranks if a number is not finite."""
     bad = None if bool(torch.isfinite(loss_sum)) else "the loss"
     if bad is None and (name := job.engine.shards.non_finite()) is not None:
         bad = f"the gradient of {job.engine.layout.matrix_of(name)}"
@@ -224,7 +233,8 @@ def _agree_finite(
         [loss_sum.double().cpu(), torch.tensor(float(bad is not None)).double()]
         + [torch.tensor(float(job.stop.requested)).double()]
     )
-    total_loss, num_bad, num_stop = job.world.sum(mine).tolist()
+    mine = torch.cat([mine, record.sums().cpu()])
+    total_loss, num_bad, num_stop, *sums = job.world.sum(mine).tolist()
     if num_bad:
         found = job.world.gather_objects(bad)
         # A bad loss spoils the gradients of all ranks; the rank it came from is the one to name.
@@ -234,7 +244,7 @@ def _agree_finite(
             f"step {step}: {found[rank]} is not finite on rank {rank}; no weight was changed; lower"
             " optim.lr or inspect the step's rows with python -m data_prep inspect."
         )
-    return total_loss / num_targets, bool(num_stop)
+    return LossSums(*sums)._replace(value=total_loss), bool(num_stop)
 
 
 def _evaluate(job: Training) -> None:

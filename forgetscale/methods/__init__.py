@@ -1,19 +1,21 @@
-"""Protections. A method is chosen by ``method.kind`` in the recipe."""
+"""Protections. A method is chosen by ``method.kind`` in the recipe, its loss by ``method.loss``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
-from forgetscale.api import Method
+from forgetscale.api import Method, Unprotected
 from forgetscale.methods.gmt import Gmt, GmtOfficial
 from forgetscale.methods.hft import Hft
 from forgetscale.methods.lota import Lota
 from forgetscale.methods.s2ft import S2ft
 from forgetscale.methods.sft import Sft
 from forgetscale.methods.ssu import Ssu
+from forgetscale.ops.losses import make_loss
 
-METHODS: Mapping[str, Callable[[Any], Method]] = {
+_PROTECTIONS: Mapping[str, Callable[[Any], Unprotected]] = {
     "sft": lambda config: Sft(),
     "ssu": Ssu,
     "hft": Hft,
@@ -21,5 +23,21 @@ METHODS: Mapping[str, Callable[[Any], Method]] = {
     "gmt_official": GmtOfficial,
     "lota": Lota,
     "s2ft": S2ft,
+}
+
+
+def _with_loss(protection: Callable[[Any], Unprotected]) -> Callable[[Any], Method]:
+    """Return a constructor that hands a protection the loss of its section."""
+
+    def make(config: Any) -> Method:
+        method = protection(config)
+        method.loss = make_loss(**asdict(config.loss))
+        return method
+
+    return make
+
+
+METHODS: Mapping[str, Callable[[Any], Method]] = {
+    kind: _with_loss(protection) for kind, protection in _PROTECTIONS.items()
 }
 """``method.kind`` -> constructor taking the recipe's method section."""

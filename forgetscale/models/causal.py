@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from forgetscale.errors import ConfigError
 from forgetscale.models.compact import CompactLinear
 from forgetscale.models.documents import document_arguments
-from forgetscale.ops.losses import LossFunction, chunked_loss, token_scores
+from forgetscale.ops.losses import LossFunction, LossRecord, chunked_loss, token_scores
 
 HEAD_CHECK_POSITIONS = 8
 HEAD_CHECK_TOLERANCE = 2e-2
@@ -54,6 +54,7 @@ class LossHead(nn.Module):
         hidden: Float[Tensor, "N D"],
         labels: Int64[Tensor, " N"],
         loss: LossFunction | None,
+        record: LossRecord | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the summed loss, or per-position scores when ``loss`` is None."""
         weight, rows = self._head()
@@ -67,6 +68,7 @@ class LossHead(nn.Module):
             bias=self.bias,
             trained_rows=rows,
             chunk_size=self.chunk_size,
+            record=record,
         )
 
 
@@ -142,6 +144,7 @@ class CausalLMWithLoss(nn.Module):
         loss: LossFunction | None = None,
         mode: Literal["loss", "score", "body", "logits"] = "loss",
         position_ids: Int64[Tensor, "B T"] | None = None,
+        record: LossRecord | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run the model.
 
@@ -154,6 +157,7 @@ class CausalLMWithLoss(nn.Module):
                 log-likelihoods and argmax hits ``[B, T-1]``; ``body`` the hidden states (for
                 hooks); ``logits`` the model's own logits (short inputs only).
             position_ids: See ``hidden_states``; not for ``mode="logits"``.
+            record: Adds up the sums beside the loss, for ``mode="loss"``.
         """
         if mode == "logits":
             logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
@@ -168,7 +172,7 @@ class CausalLMWithLoss(nn.Module):
             nll, best = self.head(flat, targets.clamp_min(0), None)
             shape = (labels.shape[0], labels.shape[1] - 1)
             return nll.view(shape), best.view(shape)
-        value: Tensor = self.head(flat, targets, loss)
+        value: Tensor = self.head(flat, targets, loss, record)
         return value
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -248,6 +249,7 @@ def train(
     columns: dict[str, list[int]],
     rows: dict[str, list[int]],
     dtype: torch.dtype = torch.float64,
+    loss_of: Callable[[Tensor, Tensor], Tensor] = mean_loss,
 ) -> Trained:
     """Train on given global batches ``[rows, positions]``."""
     model = DenseOlmo2(folder, dtype)
@@ -260,7 +262,7 @@ def train(
     )
     losses, norms = [], []
     for number, ids in enumerate(batches):
-        loss = mean_loss(model.logits(ids), ids)
+        loss = loss_of(model.logits(ids), ids)
         grads = torch.autograd.grad(loss, list(model.weights.values()))
         losses.append(float(loss.detach()))
         norms.append(optimizer.step(number, dict(zip(model.weights, grads, strict=True))))

@@ -77,7 +77,7 @@ class TestMistakes:
             ),
             ("optim.learning_rate", 1, "optim.learning_rate is not a recipe field (value 1;"),
             ("train.batch", 1, "train.batch is not a recipe field"),
-            ("method.kind", "susu", "s2ft; nearest: ssu"),
+            ("method.kind", "susu", "eaft; nearest: ssu"),
             ("method.score", "papr", "method.score is 'papr', expected one of paper, official,"),
             ("model.dtype", "float16", "model.dtype is 'float16', expected one of bfloat16, floa"),
             ("method.frozen_fraction", 1.5, "method: frozen_fraction must lie in [0, 1], got 1.5."),

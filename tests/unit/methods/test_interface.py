@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 
 from forgetscale.api import EDITS_GRADIENTS, EDITS_PARAMS, Unprotected, overrides
 from forgetscale.config import (
+    EaftLossConfig,
     GmtMethodConfig,
     HftMethodConfig,
+    LossConfig,
     LotaMethodConfig,
     S2ftMethodConfig,
     SftMethodConfig,
     SsuMethodConfig,
 )
 from forgetscale.methods import METHODS
-from forgetscale.ops.losses import cross_entropy
+from forgetscale.ops.losses import LOSSES, cross_entropy, entropy_weighted_loss
 
 CONFIGS = {
     "sft": SftMethodConfig(),
@@ -45,6 +50,26 @@ def test_plain_loss_and_no_state(kind: str):
         method.load_state_dict({"x": 1})
     used = {hook for hook in (EDITS_GRADIENTS, EDITS_PARAMS) if overrides(method, hook)}
     assert used == HOOKS.get(kind, set())
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_any_loss_goes_with_any_protection(kind: str):
+    loss = EaftLossConfig(kind="eaft", alpha=2.0, top_k=4, normalize="weights")
+    method = METHODS[kind](dataclasses.replace(CONFIGS[kind], loss=loss))
+    logits, labels = torch.randn(5, 9), torch.tensor([1, 2, -100, 4, 0])
+    expected = entropy_weighted_loss(logits, labels, alpha=2.0, top_k=4)
+    assert torch.equal(method.loss(logits, labels), expected)
+    assert method.loss.normalize == "weights"
+    assert METHODS[kind](CONFIGS[kind]).loss.normalize == "tokens"
+
+
+def test_every_loss_of_a_recipe_is_made_with_its_defaults():
+    logits, labels = torch.randn(5, 30), torch.tensor([1, 2, -100, 4, 0])
+    for config in get_args(get_args(LossConfig)[0]):
+        kind = get_args(get_type_hints(config)["kind"])[0]
+        options = {"tau": 2.0} if kind == "talr" else {}
+        method = METHODS["sft"](SftMethodConfig(loss=config(kind=kind, **options)))
+        assert torch.equal(method.loss(logits, labels), LOSSES[kind](logits, labels, **options))
 
 
 def test_sft_protects_nothing():

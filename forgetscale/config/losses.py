@@ -1,0 +1,203 @@
+"""Recipe sections of the losses: one frozen dataclass each, told apart by ``kind``.
+
+Any loss goes with any protection (``method: {kind: ssu, loss: {kind: eaft}}``). Losses that need
+more than logits and labels at each position are functions in ``forgetscale.ops.losses`` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Discriminator
+
+from forgetscale.config.ranges import STRICT, require
+from forgetscale.errors import ConfigError
+
+SHORTHANDS = ("eaft",)
+"""Losses that may stand as ``method.kind``: plain training with that loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrossEntropyLossConfig:
+    """Negative log-likelihood of the next token."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["cross_entropy"] = "cross_entropy"
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over the vocabulary, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(
+            0 <= self.label_smoothing < 1,
+            f"label_smoothing must lie in [0, 1), got {self.label_smoothing}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EaftLossConfig:
+    """Entropy-adaptive fine-tuning: tokens the model is sure about count little."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["eaft"]
+    alpha: float = 1.0
+    """Power on the normalised entropy, >= 0; 0 is cross-entropy. ``gate: power`` only."""
+    top_k: int = 20
+    """Largest logits the entropy is taken over, >= 2 and at most the vocabulary."""
+    divisor: float | str = "ln_k"
+    """What the entropy is divided by: ``ln_k``, its largest value, or a number of nats > 0; the
+    published code has 3.0 for ``top_k: 20``."""
+    gate: Literal["power", "sigmoid", "hard"] = "power"
+    """Form of the weight."""
+    slope: float = 30.0
+    """Steepness of ``gate: sigmoid``, > 0."""
+    threshold: float = 0.17
+    """Normalised entropy at which ``sigmoid`` is one half and ``hard`` begins to count tokens."""
+    normalize: Literal["tokens", "weights"] = "tokens"
+    """What a step's sum is divided by: its target tokens, as published, or the sum of weights."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and clashes."""
+        require(self.alpha >= 0, f"alpha must be >= 0, got {self.alpha}")
+        require(self.top_k >= 2, f"top_k must be >= 2, got {self.top_k}")
+        require(self.slope > 0, f"slope must be > 0, got {self.slope}")
+        number = isinstance(self.divisor, int | float) and self.divisor > 0
+        require(
+            number or self.divisor == "ln_k",
+            f"divisor must be ln_k or a number > 0, got {self.divisor!r}",
+        )
+        require(
+            self.gate == "power" or self.alpha == 1,
+            f"alpha is for gate power, but gate is {self.gate}",
+        )
+        require(
+            self.gate == "sigmoid" or self.slope == 30.0,
+            f"slope is for gate sigmoid, but gate is {self.gate}",
+        )
+        require(
+            self.gate != "power" or self.threshold == 0.17,
+            "threshold is for gate sigmoid or hard, but gate is power",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DftLossConfig:
+    """Dynamic fine-tuning: cross-entropy times the label's probability."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["dft"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QLogLossConfig:
+    """``(1 - p^q) / q``: between cross-entropy (q towards 0) and ``1 - p`` (q = 1)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["q_log"]
+    q: float = 1.0
+    """Power, > 0."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.q > 0, f"q must be > 0, got {self.q}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeftLossConfig:
+    """As ``q_log`` with each position's own power, the sum of squared probabilities."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["deft"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FocalLossConfig:
+    """``(1 - p)^gamma`` times cross-entropy: hard tokens count more."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["focal"]
+    gamma: float = 2.0
+    """Power, >= 0; 0 is cross-entropy."""
+    detached: bool = False
+    """Let the factor carry no gradient."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.gamma >= 0, f"gamma must be >= 0, got {self.gamma}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MileLossConfig:
+    """Cross-entropy times ``(sigma + entropy)^gamma`` over the whole vocabulary."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["mile"]
+    sigma: float = 1.0
+    """Added to the entropy, in nats, >= 0."""
+    gamma: float = 1.0
+    """Power."""
+    normalize: Literal["tokens", "weights"] = "weights"
+    """What a step's sum is divided by: the sum of weights, as published, or its target tokens."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.sigma >= 0, f"sigma must be >= 0, got {self.sigma}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TalrLossConfig:
+    """Cross-entropy times ``max(p^(1/tau), floor)``: hard tokens count less."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["talr"]
+    tau: float
+    """Temperature in nats, > 0; for instance the source model's mean loss on the target data."""
+    floor: float = 0.01
+    """Smallest weight, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.tau > 0, f"tau must be > 0, got {self.tau}")
+        require(0 <= self.floor <= 1, f"floor must lie in [0, 1], got {self.floor}")
+
+
+LossConfig = Annotated[
+    CrossEntropyLossConfig
+    | EaftLossConfig
+    | DftLossConfig
+    | QLogLossConfig
+    | DeftLossConfig
+    | FocalLossConfig
+    | MileLossConfig
+    | TalrLossConfig,
+    Discriminator("kind"),
+]
+
+
+def resolve_shorthand(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Write ``method: {kind: eaft, ...}`` out as ``sft`` with that loss.
+
+    Raises:
+        ConfigError: The section names a second loss.
+    """
+    method = values.get("method")
+    if not isinstance(method, Mapping) or method.get("kind") not in SHORTHANDS:
+        return values
+    kind = method["kind"]
+    options = {name: value for name, value in method.items() if name != "kind"}
+    if "loss" in options:
+        raise ConfigError(
+            f"method.kind {kind} is sft with that loss, but method.loss is {options['loss']!r}; one"
+            " run has one loss, so remove method.loss or name a protection in method.kind."
+        )
+    return {**values, "method": {"kind": "sft", "loss": {"kind": kind, **options}}}
