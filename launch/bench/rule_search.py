@@ -12,7 +12,8 @@ layers and the queries and keys of early layers nearly whole, and leaves late qu
 up-projections free. Freezing more by ``paper`` keeps as much, but learns the target text slower.
 
     python launch/bench/rule_search.py --seeds 101 102 103 --output runs/rules
-    python launch/bench/rule_search.py --seeds 201 202 203 204 205 --output runs/rules --keep fresh
+    python launch/bench/rule_search.py --seeds 201 202 203 204 205 --output runs/rules \\
+        --settings paper forgetscale forgetscale+shield paper+shield mag_l2 sft --keep rule_fresh
 
 A finished run is one line of ``OUTPUT/runs.jsonl`` and is not made again. ``--keep NAME`` writes
 the table to ``launch/bench/results/NAME.json``.
