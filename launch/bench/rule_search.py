@@ -4,16 +4,18 @@ Every setting adapts the source model of every world in the same order of data; 
 perplexity are read where all runs of a world know the target language equally well, by the rule of
 ``forgetscale/evaluation/report/matched.py``. Development worlds choose, fresh ones are looked at
 once. The adaptation is harsher than quickstart's (ten times its peak rate): at quickstart's own
-rate ``paper`` keeps nine tenths of the recall, which leaves little to tell rules apart by.
+rate ``paper`` kept nine tenths of the recall (``results/testbed_3seeds.json``), which leaves little
+to tell rules apart by.
 
-Found on worlds 101 to 103: which columns of one matrix are frozen matters less than how much of
-each matrix is. One ranking by Fisher information freezes the values and output projections of all
-layers and the queries and keys of early layers nearly whole, and leaves late queries, keys and
-up-projections free. Freezing more by ``paper`` keeps as much, but learns the target text slower.
+Found on worlds 101 to 103: Fisher information ranks better than the paper's score in each matrix
+(one world), and one ranking over all matrices better still. That ranking freezes the values and
+output projections of all layers and the queries and keys of early layers nearly whole, and leaves
+late queries, keys and up-projections free. Freezing 0.7 by ``paper`` keeps as much, but learns the
+target text slower.
 
     python launch/bench/rule_search.py --seeds 101 102 103 --output runs/rules
-    python launch/bench/rule_search.py --seeds 201 202 203 204 205 --output runs/rules \\
-        --settings paper forgetscale forgetscale+shield paper+shield mag_l2 sft --keep rule_fresh
+    python launch/bench/rule_search.py --seeds 201 202 203 204 205 --output runs/rules --settings
+        paper forgetscale forgetscale+shield paper+shield mag_l2 sft --keep rule_fresh
 
 A finished run is one line of ``OUTPUT/runs.jsonl`` and is not made again. ``--keep NAME`` writes
 the table to ``launch/bench/results/NAME.json``.
