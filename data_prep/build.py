@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.encoding import (
+    TokenizerSpec,
     end_token_id,
     load_tokenizer,
     padding_token_id,
@@ -39,11 +40,13 @@ from data_prep.scratch import Scratch
 from data_prep.sources import estimate_text_bytes, find_sources, named_dataset
 from data_prep.team import MpiTeam, Pool, Team
 from data_prep.tokenise import DocumentOptions, TokenizeOptions
+from data_prep.tokenise_sft import TOO_LONG, ChatEncoder, SftOptions, sft_payload
 from data_prep.units import UNIT_BYTES
 from forgetscale.artifact import ArtifactWriter, canonical_json, hash_bytes, read_manifest
 from forgetscale.data import (
     BestFitPacker,
     ConcatPacker,
+    OnePerRowPacker,
     Packer,
     ShardWriter,
     token_set_payload,
@@ -60,6 +63,9 @@ _UNIT_BYTES = UNIT_BYTES
 _SMALL_BYTES = 24 << 20
 _UNIT_SETTINGS = (
     "chat",
+    "sft",
+    "format",
+    "long",
     "escapes",
     "text_field",
     "text_documents",
@@ -180,6 +186,7 @@ class _Job:
                 text_field=options.text_field,
                 filters=options.filters,
                 evaluation=evaluation,
+                sft_format=options.format if options.sft else None,
             ),
             tokenize=TokenizeOptions(
                 tokenizer=spec_of(tokenizer, options.tokenizer, chat=options.chat),
@@ -187,12 +194,22 @@ class _Job:
                 max_document_tokens=options.max_document_tokens,
                 min_document_tokens=options.min_document_tokens,
             ),
+            sft=self._sft(),
             survey=options.needs_survey,
             near=options.deduplicate == "near",
             unit_bytes=_UNIT_BYTES,
             fence=self._fence(template_hash(tokenizer), evaluation),
         )
-        self.ledger = Ledger(self.order.sources)
+        fatal = TOO_LONG if options.long == "error" else None
+        self.ledger = Ledger(self.order.sources, fatal)
+
+    def _sft(self) -> SftOptions | None:
+        options = self.options
+        if not options.sft:
+            return None
+        spec = TokenizerSpec(options.tokenizer)
+        ChatEncoder(spec)  # refuses tokenizers that do not serve, before work is handed out
+        return SftOptions(spec, options.block_size, options.long, options.min_document_tokens)
 
     def _fence(self, template: str, evaluation: Path | None) -> str:
         """Return a hash of all that decides the result of a unit, beside its lines."""
@@ -201,7 +218,8 @@ class _Job:
             "version": _UNIT_VERSION,
             "unit_bytes": _UNIT_BYTES,
             "tokenizer": self.tokenizer_sha256,
-            "template": template if options.chat else None,
+            "template": template if options.chat or options.sft else None,
+            "row_tokens": options.block_size if options.sft else None,
             "end_token": self.end_token,
             "ngram": options.decontaminate_ngram,
             "evaluation": None if evaluation is None else evaluation.name,
@@ -275,13 +293,18 @@ class _Job:
 
     def _output(self, folder: Path) -> Output:
         options = self.options
-        writer = ShardWriter(folder, block_size=options.block_size, vocab_size=self.vocab_size)
-        batch = rows_per_batch(options.block_size)
+        size, batch = options.block_size, rows_per_batch(options.block_size)
+        writer = ShardWriter(
+            folder, block_size=size, vocab_size=self.vocab_size, supervised=options.sft
+        )
+        dtype = np.dtype(np.uint32) if options.sft else writer.dtype  # with room for a mark
         packer: Packer
         if options.packing == "best-fit":
-            packer = BestFitPacker(options.block_size, batch, writer.dtype, pad_id=self.pad_token)
+            packer = BestFitPacker(size, batch, dtype, pad_id=self.pad_token)
+        elif options.packing == "none":
+            packer = OnePerRowPacker(size, batch, dtype, pad_id=self.pad_token)
         else:
-            packer = ConcatPacker(options.block_size, batch, writer.dtype)
+            packer = ConcatPacker(size, batch, dtype)
         return Output(writer, packer, len(self.order.sources))
 
     def _payload(
@@ -298,6 +321,7 @@ class _Job:
             tokenizer_sha256=self.tokenizer_sha256,
             shards=output.writer.close(),
             num_padding_tokens=packer.num_padding_tokens,
+            supervision=self._supervision(output),
         ) | {
             "tokenizer_path": str(options.tokenizer.resolve()),
             "document_end": {"policy": options.document_end, "token_id": self.end_token},
@@ -308,7 +332,7 @@ class _Job:
                 "dropped_tail_documents": num_dropped,
             },
             "row_shares": _row_shares(output),
-            "chat": options.chat,
+            "chat": options.chat or options.sft,
             "text": {"escapes": options.escapes, "special_tokens": "as_text"},
             "documents": {
                 "num_chats": output.num_chats,
@@ -328,6 +352,12 @@ class _Job:
             ],
             "rejects": ledger.rejects_payload(options.max_reject_fraction),
         }
+
+    def _supervision(self, output: Output) -> dict[str, Any] | None:
+        found = output.writer.supervision()
+        if found is not None:
+            found |= sft_payload(self.options, self.ledger.counts, self.ledger.dropped)
+        return found
 
 
 def _row_shares(output: Output) -> dict[str, Any]:

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_prep.conversations import FORMATS
 from forgetscale.errors import ForgetScaleError
+
+_PACKING_NAMES = {"best_fit": "best-fit", "concatenate": "concat"}
 
 BUILD_EXAMPLES = """examples:
   Amharic of MADLAD-400 for continual pre-training, all cores of this machine:
@@ -33,6 +36,10 @@ BUILD_EXAMPLES = """examples:
     python -m data_prep build --input tulu.jsonl --chat --max-documents 2000 --seed 42 \\
         --max-document-tokens 2048 \\
         --tokenizer models/OLMo-2-1124-7B-Instruct --block-size 2048 --output data/calibration
+
+  conversations for supervised fine-tuning; messages, ShareGPT, Alpaca, prompt and completion:
+    python -m data_prep build --sft --input chats.jsonl --long truncate \\
+        --tokenizer models/OLMo-2-1124-7B-Instruct --block-size 4096 --output data/chats-4096
 
 Order: lines that are no documents, empty ones, length, script and decontamination go first, then
 duplicates, then the sample is drawn, then short documents by tokens and the budget; every document
@@ -113,10 +120,11 @@ def _add_output(add: Callable[..., Any]) -> None:
     add("--output", type=Path, required=True, metavar="DIR", help="folder to make; must not exist")
     add(
         "--packing",
-        choices=("concat", "best-fit"),
-        default="concat",
+        type=lambda name: _PACKING_NAMES.get(name, name),
+        choices=("concat", "best-fit", "none"),
         help="concat: one text cut every N tokens, as in the SSU paper; best-fit: only documents"
-        " longer than N are cut, a little padding remains (default concat)",
+        " longer than N are cut, a little padding remains; none: one conversation a row (default"
+        " concat, with --sft best-fit)",
     )
     add(
         "--holdout-fraction",
@@ -205,11 +213,30 @@ def _add_text(add: Callable[..., Any]) -> None:
         " generation prompt; rows with only text stay plain documents",
     )
     add(
+        "--sft",
+        action="store_true",
+        help="make SFT rows: conversations rendered by the tokenizer's chat template, in which the"
+        " assistant's tokens and the ends of its turns are the targets (data.kind: sft)",
+    )
+    add(
+        "--format",
+        choices=FORMATS,
+        default="auto",
+        help="--sft: fields of a row; auto looks at each row (default auto)",
+    )
+    add(
+        "--long",
+        choices=("drop", "truncate", "error"),
+        default="drop",
+        help="--sft: conversations longer than a row are left out (drop), lose whole turns at the"
+        " end so that they end with a whole answer (truncate), or are refused (error); always"
+        " counted (default drop)",
+    )
+    add(
         "--document-end",
         choices=("eos", "none"),
-        default="eos",
         help="append the end-of-sequence token to each document that does not end in it already"
-        " (default eos)",
+        " (default eos, with --sft none)",
     )
     add(
         "--escapes",
@@ -327,6 +354,8 @@ def _print_summary(payload: dict[str, Any], output: Path) -> None:
         f" {payload['row_shares']['cut_share']:.1%} of documents cut,"
         f" {payload['row_shares']['padding_share']:.2%} padding."
     )
+    if "supervision" in payload:
+        _print_supervision(payload)
     if payload["holdout"] is not None:
         print(f"held out: {payload['holdout']['num_documents_of_other_part']:,} documents.")
     if payload["dropped"]["num_dropped"]:
@@ -335,5 +364,27 @@ def _print_summary(payload: dict[str, Any], output: Path) -> None:
     if rejects:
         print(
             f"warning: {rejects} lines are no documents; see {output / 'rejects.jsonl'}.",
+            file=sys.stderr,
+        )
+
+
+def _print_supervision(payload: dict[str, Any]) -> None:
+    found = payload["supervision"]
+    share = found["num_supervised_tokens"] / payload["num_tokens"]
+    print(
+        f"supervised: {found['num_supervised_tokens']:,} tokens ({share:.1%}) of"
+        f" {found['num_answers']:,} answers."
+    )
+    long = found["long"]
+    if long["num_long"]:
+        print(
+            f"longer than a row: {long['num_long']:,} conversations; {long['num_truncated']:,} lost"
+            f" {long['num_turns_left_out']:,} turns at their ends, {long['num_dropped']:,} were"
+            " left out."
+        )
+    if found["num_answers_without_end"]:
+        print(
+            f"warning: {found['num_answers_without_end']:,} answers have no end-of-turn marker in"
+            " this chat template; a model that learns from them does not learn to stop.",
             file=sys.stderr,
         )

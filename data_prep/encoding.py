@@ -119,7 +119,7 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def end_token_id(tokenizer: Any, policy: str, path: Path) -> int | None:
+def end_token_id(tokenizer: Any, policy: str | None, path: Path) -> int | None:
     """Return the id that ends a document under ``policy`` (``eos`` or ``none``).
 
     Raises:

@@ -27,6 +27,7 @@ from data_prep.tokenise import (
     UnitSurveyor,
     UnitTokenizer,
 )
+from data_prep.tokenise_sft import SftOptions, UnitSupervisor
 from data_prep.units import Unit, UnitResult, load_result, save_result
 from forgetscale.artifact import canonical_json, hash_bytes, write_json
 
@@ -75,6 +76,7 @@ class WorkOrder:
         read: How files are read.
         documents: How lines become documents.
         tokenize: How documents become tokens.
+        sft: How conversations become supervised tokens instead; None: they do not.
         survey: Whether documents are chosen in a first pass.
         near: Whether that pass makes signatures.
         unit_bytes: Text of a unit.
@@ -87,6 +89,7 @@ class WorkOrder:
     read: ReadOptions
     documents: DocumentOptions
     tokenize: TokenizeOptions
+    sft: SftOptions | None
     survey: bool
     near: bool
     unit_bytes: int
@@ -368,7 +371,10 @@ def token_stage(order: WorkOrder, team: Team, chosen: list[np.ndarray] | None) -
     processor: Processor | None = None
     if team.works:
         checked = replace(order.documents, filters=None) if order.survey else order.documents
-        processor = UnitTokenizer(checked, order.tokenize)
+        if order.sft is None:
+            processor = UnitTokenizer(checked, order.tokenize)
+        else:
+            processor = UnitSupervisor(checked, order.sft)
     return Stage("tokens", order, team, processor, chosen)
 
 

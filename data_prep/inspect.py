@@ -164,8 +164,8 @@ def _show_step(args: argparse.Namespace) -> int:
 
 
 def _of_set(args: argparse.Namespace) -> tuple[TrainingData, int, int, SkipList | None]:
-    from forgetscale.config.data import TokenDataConfig
-    from forgetscale.data import open_data
+    from forgetscale.config.data import SftDataConfig, TokenDataConfig
+    from forgetscale.data import TokenSet, open_data
 
     if args.global_batch_size is None or args.global_batch_size < 1:
         raise ConfigError(
@@ -173,7 +173,11 @@ def _of_set(args: argparse.Namespace) -> tuple[TrainingData, int, int, SkipList 
             " --run."
         )
     seed = 42 if args.seed is None else args.seed
-    config = TokenDataConfig(path=args.directory, shuffle_seed=seed)
+    config: TokenDataConfig | SftDataConfig
+    if TokenSet(args.directory).is_supervised:
+        config = SftDataConfig(kind="sft", path=args.directory, shuffle_seed=seed)
+    else:
+        config = TokenDataConfig(path=args.directory, shuffle_seed=seed)
     return open_data(config), seed, args.global_batch_size, None
 
 

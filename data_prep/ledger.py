@@ -19,9 +19,11 @@ class Ledger:
 
     Args:
         sources: Input files in order.
+        fatal: Lines whose reason begins with this are not accepted; None: all are.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], fatal: str | None = None) -> None:
+        self._fatal = fatal
         self.sources: list[dict[str, Any]] = [
             {
                 "path": str(source.path),
@@ -45,12 +47,21 @@ class Ledger:
         return len(self._rejects)
 
     def add(self, source: Source, result: UnitResult) -> None:
-        """Count what was left out of a unit."""
+        """Count what was left out of a unit.
+
+        Raises:
+            DataError: A line has a reason that is not accepted.
+        """
         entry = self.sources[source.index]
         entry["num_rejected"] += len(result.rejects)
         for escape, count in result.escapes.items():
             entry["num_escapes"][escape] += count
         for line, reason in result.rejects:
+            if self._fatal is not None and reason.startswith(self._fatal):
+                raise DataError(
+                    f"{source.path} line {line} is {reason}; raise --block-size, or let --long drop"
+                    " or truncate such conversations."
+                )
             self._rejects.append((source.index, line, reason))
             self._reasons[reason.partition(" (")[0]] += 1
         self.counts += result.counts

@@ -14,7 +14,8 @@ from data_prep.engine import Source
 from data_prep.ledger import Ledger
 from data_prep.units import UnitResult
 from forgetscale.data import Packer, ShardWriter
-from forgetscale.data.format import LINE_BITS
+from forgetscale.data.format import LINE_BITS, PackedRows
+from forgetscale.data.supervision import mark_supervised, split_marked
 from forgetscale.errors import DataError
 from forgetscale.progress import Progress
 
@@ -52,8 +53,11 @@ class Output:
         self._tail += zip(lens.tolist(), sizes.tolist(), strict=True)
         self._forget_all_but_a_row()
         doc_ids = arrays["doc_lines"].astype(np.uint64) | np.uint64(source.index << LINE_BITS)
-        for rows in self.packer.add(arrays["tokens"], lens, doc_ids):
-            self.writer.append(rows)
+        tokens = arrays["tokens"]
+        if self.writer.supervised:
+            tokens = mark_supervised(tokens, arrays["supervised"].astype(bool))
+        for rows in self.packer.add(tokens, lens, doc_ids):
+            self._write(rows)
 
     def finish(self, name: Path) -> None:
         """Write the rows that are left.
@@ -62,12 +66,16 @@ class Output:
             DataError: There is not one row.
         """
         for rows in self.packer.finish():
-            self.writer.append(rows)
+            self._write(rows)
         if self.writer.num_rows == 0:
             raise DataError(
                 f"the documents for {name} give {self.num_tokens} tokens, less than one row of"
                 f" {self.packer.block_size}; lower --block-size or add input."
             )
+
+    def _write(self, rows: PackedRows) -> None:
+        writer = self.writer
+        writer.append(split_marked(rows, writer.dtype) if writer.supervised else rows)
 
     def kept_text(self) -> tuple[int, int]:
         """Return text bytes of what stands in rows, and documents that are wholly dropped.
@@ -185,6 +193,8 @@ def _choose(arrays: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, np.n
     """Return the arrays of some documents."""
     if chosen.all():
         return arrays
-    picked = {name: array[chosen] for name, array in arrays.items() if name != "tokens"}
-    picked["tokens"] = arrays["tokens"][np.repeat(chosen, arrays["doc_lens"])]
-    return picked
+    of_tokens = np.repeat(chosen, arrays["doc_lens"])
+    return {
+        name: array[of_tokens if name in ("tokens", "supervised") else chosen]
+        for name, array in arrays.items()
+    }

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.conversations import COLUMNS
 from data_prep.filters import FilterOptions, script_pattern
 from data_prep.readers import ReadOptions
 from forgetscale.errors import ConfigError
@@ -50,8 +51,11 @@ class BuildOptions:
     holdout_fraction: float = 0.0
     holdout_output: Path | None = None
     chat: bool = False
-    packing: str = "concat"
-    document_end: str = "eos"
+    sft: bool = False
+    format: str = "auto"
+    long: str = "drop"
+    packing: str | None = None
+    document_end: str | None = None
     escapes: str = "undo"
     max_document_tokens: int | None = None
     min_document_tokens: int | None = None
@@ -75,7 +79,12 @@ class BuildOptions:
     log: Path | None = None
 
     def __post_init__(self) -> None:
-        """Refuse impossible values."""
+        """Fill in what depends on ``sft``, refuse impossible values."""
+        if self.packing is None:
+            object.__setattr__(self, "packing", "best-fit" if self.sft else "concat")
+        if self.document_end is None:
+            object.__setattr__(self, "document_end", "none" if self.sft else "eos")
+        self._check_sft()
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -106,6 +115,26 @@ class BuildOptions:
         if self.script is not None:
             script_pattern(self.script)
 
+    def _check_sft(self) -> None:
+        if not self.sft:
+            if self.format != "auto" or self.long != "drop" or self.packing == "none":
+                raise ConfigError("--format, --long and --packing none are for --sft; add it.")
+            return
+        if self.chat:
+            raise ConfigError(
+                "--chat makes every token of a chat a target, --sft only the assistant's; give one."
+            )
+        if self.document_end != "none":
+            raise ConfigError(
+                "--document-end eos is not for --sft: the chat template ends each turn; leave it"
+                " out."
+            )
+        if self.max_document_tokens is not None:
+            raise ConfigError(
+                "--max-document-tokens would cut answers, which --sft never does; use --block-size"
+                " and --long."
+            )
+
     @property
     def read(self) -> ReadOptions:
         """How files are read."""
@@ -116,6 +145,7 @@ class BuildOptions:
             text_field=self.text_field,
             chat=self.chat,
             text_documents=self.text_documents,
+            columns=COLUMNS if self.sft else (),
         )
 
     @property

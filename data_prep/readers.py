@@ -46,6 +46,7 @@ class ReadOptions:
         text_documents: What a document is in plain text: ``line``, ``paragraph`` (lines between
             blank ones) or ``file``.
         all_columns: Read every column of tables.
+        columns: Read these columns of tables instead of the text, as far as they are there.
     """
 
     max_line_bytes: int = 256 << 20
@@ -55,6 +56,7 @@ class ReadOptions:
     chat: bool = False
     text_documents: str = "line"
     all_columns: bool = False
+    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +337,8 @@ class SourceReader:
     def _columns(self, schema: Any) -> list[str]:
         if self._options.all_columns:
             return list(schema.names)
+        if self._options.columns:
+            return self._some_columns(list(schema.names))
         wanted = [self._options.text_field, *(["messages"] if self._options.chat else [])]
         found = [name for name in wanted if name in schema.names]
         if not found:
@@ -347,6 +351,15 @@ class SourceReader:
             raise DataError(
                 f"column {found[0]!r} of {self.path} is {kind}, expected string; name another"
                 " column with --text-field."
+            )
+        return found
+
+    def _some_columns(self, names: list[str]) -> list[str]:
+        found = [name for name in self._options.columns if name in names]
+        if not found:
+            raise DataError(
+                f"{self.path} has none of the columns {', '.join(self._options.columns)}, it has"
+                f" {', '.join(map(repr, names[:20]))}; rename a column or convert the file."
             )
         return found
 

@@ -25,6 +25,10 @@ class Document:
 
     text: str = ""
     messages: tuple[dict[str, str], ...] = ()
+    first_supervised: int = 0
+    """Assistant messages before this one are context only; for supervised fine-tuning."""
+    num_open_turns: int = 0
+    """Messages after the last answer that were left out; for supervised fine-tuning."""
 
 
 class BadRecordError(Exception):
@@ -46,7 +50,22 @@ def parse_text(data: bytes) -> Document:
     Raises:
         BadRecordError: It is not UTF-8 or holds a NUL character.
     """
-    return Document(text=_require_characters(_decode(data).removesuffix("\r")))
+    return Document(text=require_characters(_decode(data).removesuffix("\r")))
+
+
+def parse_object(data: bytes) -> Mapping[str, Any]:
+    """Return the JSON object of a line.
+
+    Raises:
+        BadRecordError: The line is not UTF-8 or not a JSON object.
+    """
+    try:
+        record = json.loads(_decode(data))
+    except (ValueError, RecursionError) as error:
+        raise BadRecordError(f"not JSON ({error})") from error
+    if not isinstance(record, Mapping):
+        raise BadRecordError(f"not a JSON object but {type(record).__name__}")
+    return record
 
 
 def parse_record(data: bytes, *, chat: bool, field: str = "text") -> Document:
@@ -61,19 +80,14 @@ def parse_record(data: bytes, *, chat: bool, field: str = "text") -> Document:
         BadRecordError: The line is not UTF-8, not a JSON object, has no usable field, or holds a
             NUL character.
     """
-    try:
-        record = json.loads(_decode(data))
-    except (ValueError, RecursionError) as error:
-        raise BadRecordError(f"not JSON ({error})") from error
-    if not isinstance(record, Mapping):
-        raise BadRecordError(f"not a JSON object but {type(record).__name__}")
+    record = parse_object(data)
     if chat and "messages" in record:
         return Document(messages=_messages(record["messages"]))
     if field not in record:
         raise BadRecordError(f"neither 'messages' nor '{field}'" if chat else f"no field '{field}'")
     if not isinstance(record[field], str):
         raise BadRecordError(f"'{field}' is not a string but {type(record[field]).__name__}")
-    return Document(text=_require_characters(record[field]))
+    return Document(text=require_characters(record[field]))
 
 
 def _decode(data: bytes) -> str:
@@ -92,12 +106,16 @@ def _messages(value: Any) -> tuple[dict[str, str], ...]:
         for field in ("role", "content"):
             if not isinstance(message.get(field), str):
                 raise BadRecordError(f"message {number} has no string '{field}'")
-            _require_characters(message[field])
+            require_characters(message[field])
     return tuple(value)
 
 
-def _require_characters(text: str) -> str:
-    """Return ``text`` if it is made of characters: no half surrogate pair (JSON can), no NUL."""
+def require_characters(text: str) -> str:
+    """Return ``text`` if it is made of characters: no half surrogate pair (JSON can), no NUL.
+
+    Raises:
+        BadRecordError: It is not.
+    """
     if (place := text.find("\0")) >= 0:
         raise BadRecordError(f"holds a NUL character (character {place + 1} of the text)")
     try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from data_prep.encoding import load_tokenizer
 from forgetscale.data import TokenSet, require_same_tokenizer
 from forgetscale.errors import ConfigError, DataError
+
+_OPEN, _CLOSE = "⟦", "⟧"
 
 
 class RowReader:
@@ -54,9 +58,13 @@ class RowReader:
             )
         ids = token_set.read([row])[0]
         lines = [f"row {row} of {token_set.path}: {token_set.block_size} tokens{note}"]
+        mask = None
+        if token_set.is_supervised:
+            mask = token_set.loss_mask([row])[0]
+            lines.append(f"{int(mask.sum())} tokens are supervised: {_OPEN}these{_CLOSE}")
         start = 0
         for number, piece in enumerate(token_set.document_pieces(row), start=1):
-            text = self._tokenizer.decode(ids[start : start + piece.num_tokens].tolist())
+            text = self._decode(ids, mask, start, start + piece.num_tokens)
             lines.append(
                 f"\n[{number}] {piece.file} line {piece.line}, tokens {start} to"
                 f" {start + piece.num_tokens - 1}"
@@ -66,6 +74,18 @@ class RowReader:
         if start < token_set.block_size:
             lines.append(f"\npadding, tokens {start} to {token_set.block_size - 1}")
         return "\n".join(lines)
+
+    def _decode(self, ids: Tensor, mask: Tensor | None, start: int, end: int) -> str:
+        """Return tokens as text; supervised ones between marks."""
+        if mask is None:
+            text: str = self._tokenizer.decode(ids[start:end].tolist())
+            return text
+        parts = []
+        runs = groupby(range(start, end), key=lambda place: bool(mask[place]))
+        for supervised, places in runs:
+            text = self._tokenizer.decode(ids[list(places)].tolist())
+            parts.append(f"{_OPEN}{text}{_CLOSE}" if supervised else text)
+        return "".join(parts)
 
 
 def collect_stats(directory: Path) -> dict[str, Any]:
@@ -86,6 +106,7 @@ def collect_stats(directory: Path) -> dict[str, Any]:
         "piece_tokens": dict(zip(("min", "median", "p90", "max"), quantiles, strict=True)),
         "packing": payload["packing"]["method"],
         "row_shares": payload.get("row_shares", {}),
+        **_supervision(token_set),
         "token_type": payload["dtype"],
         "vocab_size": token_set.vocab_size,
         "shards": len(payload["shards"]),
@@ -104,6 +125,23 @@ def collect_stats(directory: Path) -> dict[str, Any]:
             for source in payload["sources"]
         ],
     }
+
+
+def _supervision(token_set: TokenSet) -> dict[str, Any]:
+    """Return counts that only SFT rows have."""
+    if not token_set.is_supervised:
+        return {}
+    found = dict(token_set.payload["supervision"])
+    num_supervised = found.pop("num_supervised_tokens")
+    counts = {
+        "supervised_tokens": num_supervised,
+        "supervised_share": num_supervised / token_set.num_tokens,
+        "supervised_tokens_per_row": num_supervised / token_set.num_rows,
+    }
+    long = found.pop("long", None)
+    if long is not None:
+        counts["long_conversations"] = long
+    return counts | ({"supervision": found} if found else {})
 
 
 def _sum_escapes(sources: list[dict[str, Any]]) -> dict[str, int]:

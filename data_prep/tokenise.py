@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import TemplateError
 
+from data_prep.conversations import parse_conversation
 from data_prep.duplicates import NUM_POSITIONS, hash_array, signature, text_hash
 from data_prep.encoding import Encoder, TokenizerSpec
 from data_prep.filters import DocumentFilter, FilterOptions
@@ -29,6 +30,7 @@ class DocumentOptions:
         text_field: Field that holds the text.
         filters: Conditions on a document; None where they were checked before.
         evaluation: File of n-gram hashes of evaluation texts, or None.
+        sft_format: Lines are conversations of this format; None: they are not.
     """
 
     chat: bool
@@ -36,6 +38,7 @@ class DocumentOptions:
     text_field: str = "text"
     filters: FilterOptions | None = None
     evaluation: Path | None = None
+    sft_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class TokenizeOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class Found:
     """A document that stays."""
 
     line: int
@@ -79,7 +82,7 @@ class DocumentReader:
             None if options.filters is None else DocumentFilter(options.filters, options.evaluation)
         )
 
-    def read(self, unit: Unit, result: UnitResult) -> list[_Found]:
+    def read(self, unit: Unit, result: UnitResult) -> list[Found]:
         """Return the documents of ``unit`` that stay; note the others in ``result``."""
         found = []
         result.num_lines, result.stored_bytes = len(unit.lines), unit.stored_bytes
@@ -97,7 +100,7 @@ class DocumentReader:
                 found.append(one)
         return found
 
-    def parse(self, line: Line, *, plain_text: bool) -> _Found:
+    def parse(self, line: Line, *, plain_text: bool) -> Found:
         """Return the document of a line.
 
         Raises:
@@ -106,19 +109,23 @@ class DocumentReader:
         options = self._options
         if line.reject:
             raise BadRecordError(line.reject)
+        if plain_text and options.sft_format is not None:
+            raise BadRecordError("plain text is no conversation")
         if plain_text:
             document = parse_text(line.data)
+        elif options.sft_format is not None:
+            document = parse_conversation(line.data, options.sft_format)
         else:
             document = parse_record(line.data, chat=options.chat, field=options.text_field)
         if document.messages:
             shown = json.dumps(document.messages, ensure_ascii=False, sort_keys=True)
-            return _Found(line.number, document, shown, Counter())
+            return Found(line.number, document, shown, Counter())
         if plain_text or not options.undo_escapes:
-            return _Found(line.number, document, document.text, Counter())
+            return Found(line.number, document, document.text, Counter())
         text, escapes = undo_escapes(document.text)
-        return _Found(line.number, document, text, escapes)
+        return Found(line.number, document, text, escapes)
 
-    def reason_to_drop(self, found: _Found) -> str | None:
+    def reason_to_drop(self, found: Found) -> str | None:
         """Return why a document is left out, or None."""
         if self._filter is None:
             return None
@@ -224,7 +231,15 @@ class UnitTokenizer:
             sizes.append(size)
             kept.append(found.line)
             hashes.append(text_hash(found.text))
-        return _filled(result, np.concatenate(pieces), lens, kept, sizes, hashes, is_chat)
+        result.arrays = document_arrays(
+            np.concatenate(pieces),
+            lens=lens,
+            lines=kept,
+            sizes=sizes,
+            hashes=hashes,
+            is_chat=is_chat,
+        )
+        return result
 
     def _part(self, unit: Unit, part: Part, result: UnitResult) -> UnitResult:
         """Return the tokens of a part of a long document; the first part counts for the whole."""
@@ -242,9 +257,17 @@ class UnitTokenizer:
         result.stored_bytes = unit.stored_bytes
         size = sum(len(line.data) for line in unit.lines)
         digest = bytes.fromhex(part.text_hash)
-        return _filled(result, ids, [len(ids)], [unit.lines[0].number], [size], [digest], [False])
+        result.arrays = document_arrays(
+            ids,
+            lens=[len(ids)],
+            lines=[unit.lines[0].number],
+            sizes=[size],
+            hashes=[digest],
+            is_chat=[False],
+        )
+        return result
 
-    def _encode_plain(self, documents: list[_Found]) -> Iterator[tuple[int, np.ndarray]]:
+    def _encode_plain(self, documents: list[Found]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield line and ids of plain documents, very long ones piece by piece."""
         short = [found for found in documents if len(found.text) <= PIECE_CHARACTERS]
         encoded = self.encoder([found.text for found in short], special_as_text=True)
@@ -273,16 +296,17 @@ class UnitTokenizer:
         return ids, num_bytes
 
 
-def _filled(
-    result: UnitResult,
+def document_arrays(
     tokens: np.ndarray,
+    *,
     lens: list[int],
     lines: list[int],
     sizes: list[int],
     hashes: list[bytes],
     is_chat: list[bool],
-) -> UnitResult:
-    result.arrays = {
+) -> dict[str, np.ndarray]:
+    """Return the arrays of a result; see ``UnitTokenizer``."""
+    return {
         "tokens": tokens,
         "doc_lens": np.array(lens, np.int64),
         "doc_lines": np.array(lines, np.int64),
@@ -290,7 +314,6 @@ def _filled(
         "doc_hash": hash_array(hashes)[:, 0].copy(),
         "doc_chat": np.array(is_chat, np.uint8),
     }
-    return result
 
 
 class UnitSurveyor:

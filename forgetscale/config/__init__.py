@@ -4,6 +4,7 @@ from forgetscale.config.data import (
     DataConfig,
     MixtureDataConfig,
     MixtureSetConfig,
+    SftDataConfig,
     TokenDataConfig,
 )
 from forgetscale.config.load import (
@@ -62,6 +63,7 @@ __all__ = [
     "SCORES",
     "SftMethodConfig",
     "SsuMethodConfig",
+    "SftDataConfig",
     "TokenDataConfig",
     "TrainConfig",
     "apply_overrides",

@@ -43,11 +43,35 @@ class TokenDataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SftDataConfig:
+    """Training conversations: SFT rows made by ``python -m data_prep build --sft``."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["sft"]
+    """Rows of packed conversations; the assistant's tokens are the targets."""
+    path: Path
+    """Folder of the rows."""
+    shuffle_seed: int = 42
+    """Seed of the row order, >= 0."""
+    document_mask: bool = True
+    """Conversations of a row do not see each other."""
+    skip_rows: Path | None = None
+    """As for a token set: rows that are never trained on."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.shuffle_seed >= 0, f"shuffle_seed must be >= 0, got {self.shuffle_seed}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MixtureSetConfig:
     """One token set of a mixture."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
+    kind: Literal["tokens", "sft"] = "tokens"
+    """Plain tokens, or SFT rows."""
     path: Path
     """Token set folder; all sets of a mixture have the same row length."""
     weight: float
@@ -88,14 +112,18 @@ class MixtureDataConfig:
     """What the weights are shares of; ``tokens`` divides each by the set's mean tokens a row."""
     shuffle_seed: int = 42
     """Seed of the row orders, >= 0."""
-    document_mask: bool = False
-    """As for one set: documents of a row do not see each other."""
+    document_mask: bool = None  # type: ignore[assignment]
+    """As for one set: documents of a row do not see each other. Not given: true if a set holds SFT
+    rows, else false."""
     skip_rows: Path | None = None
     """As for one set; here each line also names its set by content hash: ``"set": "3f9a..."``."""
 
     def __post_init__(self) -> None:
         """Check ranges and clashes."""
         require(len(self.sets) >= 1, "sets must hold at least one token set")
+        if self.document_mask is None:
+            has_sft = any(part.kind == "sft" for part in self.sets)
+            object.__setattr__(self, "document_mask", has_sft)
         require(self.shuffle_seed >= 0, f"shuffle_seed must be >= 0, got {self.shuffle_seed}")
         names = [part.shown_name for part in self.sets]
         twice = [name for name in names if names.count(name) > 1]
@@ -136,6 +164,8 @@ def _kind(value: Any) -> str | None:
 
 
 DataConfig = Annotated[
-    Annotated[TokenDataConfig, Tag("tokens")] | Annotated[MixtureDataConfig, Tag("mixture")],
+    Annotated[TokenDataConfig, Tag("tokens")]
+    | Annotated[SftDataConfig, Tag("sft")]
+    | Annotated[MixtureDataConfig, Tag("mixture")],
     Discriminator(_kind),
 ]

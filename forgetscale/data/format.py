@@ -9,7 +9,15 @@ uncompressed, one row = one packed block:
 - ``doc_id``: ``list<uint64>``, where each piece comes from: source file index in the upper 24 bits
   (position in ``payload["sources"]``), line number (first line = 1) in the lower 40 bits.
 
-Labels and masks are derived, never stored. Every byte of a shard is covered by an xxh3 hash: one
+Labels and masks are derived, never stored; only SFT rows (``payload["supervision"]`` is there) have
+one more column, because which tokens are an assistant's cannot be derived from ids:
+
+- ``loss_mask``: ``list<uint32>``, run lengths over the row: tokens that are not supervised, tokens
+  that are, and so on in turns, beginning with the first kind and ending with the last supervised
+  run, so their number is even and what lies beyond is not supervised. Neither padding nor the first
+  token of a document piece is ever supervised.
+
+Every byte of a shard is covered by an xxh3 hash: one
 for each record batch (message header and body; the first one includes the start of the file) and
 one for what stands outside them, the footer (``frame_xxh3``).
 """
@@ -82,13 +90,16 @@ class PackedRows:
     """Rows ready to be written, with the document pieces they consist of.
 
     Piece lists of all rows stand one after another; those of row ``i`` are
-    ``piece_offsets[i]`` to ``piece_offsets[i + 1]``.
+    ``piece_offsets[i]`` to ``piece_offsets[i + 1]``. Run lengths of SFT rows stand in
+    ``loss_mask`` in the same way, by ``mask_offsets``.
     """
 
     input_ids: UInt[np.ndarray, "rows block"]
     doc_lens: UInt32[np.ndarray, " pieces"]
     doc_id: UInt64[np.ndarray, " pieces"]
     piece_offsets: Int32[np.ndarray, " rows_plus_1"]
+    loss_mask: UInt32[np.ndarray, " runs"] | None = None
+    mask_offsets: Int32[np.ndarray, " rows_plus_1"] | None = None
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -117,15 +128,16 @@ def rows_per_shard(block_size: int) -> int:
     return max(1, _TOKENS_PER_SHARD // (batch * block_size)) * batch
 
 
-def schema(block_size: int, dtype: np.dtype[Any]) -> pa.Schema:
-    """Return the Arrow schema of a shard."""
-    return pa.schema(
-        [
-            ("input_ids", pa.list_(pa.from_numpy_dtype(dtype), block_size)),
-            ("doc_lens", pa.list_(pa.uint32())),
-            ("doc_id", pa.list_(pa.uint64())),
-        ]
-    )
+def schema(block_size: int, dtype: np.dtype[Any], *, supervised: bool = False) -> pa.Schema:
+    """Return the Arrow schema of a shard; ``supervised`` adds the loss mask of SFT rows."""
+    columns = [
+        ("input_ids", pa.list_(pa.from_numpy_dtype(dtype), block_size)),
+        ("doc_lens", pa.list_(pa.uint32())),
+        ("doc_id", pa.list_(pa.uint64())),
+    ]
+    if supervised:
+        columns.append(("loss_mask", pa.list_(pa.uint32())))
+    return pa.schema(columns)
 
 
 def pack_doc_id(file_index: int, line: int) -> int:

@@ -200,3 +200,61 @@ class ConcatPacker(Packer):
         if self._first_is_rest and len(is_cut):
             is_cut[0] = False  # counted when its beginning was taken
         self.num_cut_documents += int(is_cut.sum())
+
+
+class OnePerRowPacker(Packer):
+    """Put each document into a row of its own; the rest of the row is padding.
+
+    Args:
+        block_size: Tokens a row, >= 1.
+        rows_per_batch: Rows a group, >= 1.
+        dtype: Type of the ids, uint16 or uint32.
+        pad_id: Id written into padding; it is never a target.
+    """
+
+    METHOD, VERSION = "none", 1
+
+    def __init__(
+        self, block_size: int, rows_per_batch: int, dtype: np.dtype[Any], *, pad_id: int
+    ) -> None:
+        super().__init__(block_size, rows_per_batch, dtype)
+        self.pad_id = pad_id
+        self._num_held = 0
+
+    def _take_documents(
+        self,
+        tokens: Integer[np.ndarray, " tokens"],
+        doc_lens: Int64[np.ndarray, " documents"],
+        doc_ids: UInt64[np.ndarray, " documents"],
+    ) -> list[PackedRows]:
+        if len(doc_lens) and int(doc_lens.max()) > self.block_size:
+            raise ValueError(
+                f"a document of {int(doc_lens.max())} tokens does not fit a row of"
+                f" {self.block_size}"
+            )
+        self._keep(tokens, doc_lens, doc_ids)
+        self._num_held += len(doc_lens)
+        groups = []
+        while self._num_held >= self.rows_per_batch:
+            groups.append(self._fill(self.rows_per_batch))
+        return groups
+
+    def finish(self) -> list[PackedRows]:
+        """Return the last, smaller group of rows, if any."""
+        return [self._fill(self._num_held)] if self._num_held else []
+
+    def _fill(self, num_rows: int) -> PackedRows:
+        tokens, lens, ids = self._release()
+        size = int(lens[:num_rows].sum())
+        self._keep(tokens[size:], lens[num_rows:], ids[num_rows:])
+        self._num_held -= num_rows
+        rows = np.full((num_rows, self.block_size), self.pad_id, dtype=self._dtype)
+        rows[np.arange(self.block_size) < lens[:num_rows, None]] = tokens[:size]
+        self.num_pieces += num_rows
+        self.num_padding_tokens += rows.size - size
+        return PackedRows(
+            input_ids=rows,
+            doc_lens=lens[:num_rows].astype(np.uint32),
+            doc_id=np.asarray(ids[:num_rows], np.uint64),
+            piece_offsets=np.arange(num_rows + 1, dtype=np.int32),
+        )

@@ -14,6 +14,7 @@ import xxhash
 
 from forgetscale.artifact import hash_file, read_manifest, verify_artifact
 from forgetscale.data.format import KIND, ShardInfo, schema
+from forgetscale.data.supervision import runs_to_mask
 from forgetscale.errors import DataError
 
 _REMEDY = "copy the token set again or build it again."
@@ -34,13 +35,21 @@ class Shard:
         first_row: Number of its first row in the set.
         block_size: Tokens a row.
         dtype: Type of the ids.
+        supervised: Whether it holds SFT rows, with loss masks.
 
     Raises:
         DataError: The file is missing or has another size.
     """
 
     def __init__(
-        self, path: Path, info: ShardInfo, first_row: int, block_size: int, dtype: np.dtype[Any]
+        self,
+        path: Path,
+        info: ShardInfo,
+        first_row: int,
+        block_size: int,
+        dtype: np.dtype[Any],
+        *,
+        supervised: bool = False,
     ) -> None:
         self.path = path
         self.info = info
@@ -55,7 +64,8 @@ class Shard:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._bytes = memoryview(self._map)
         self.address: int = np.frombuffer(self._map, np.uint8).ctypes.data
-        self._schema = schema(block_size, dtype)
+        self._schema = schema(block_size, dtype, supervised=supervised)
+        self._supervised = supervised
         self._itemsize = dtype.itemsize
 
     def _place(self, first: int, last: int | None = None) -> str:
@@ -170,6 +180,11 @@ class Shard:
             batch.column(1).offsets.to_numpy()[:-1],
         )
         fills = sums <= block_size if has_padding else sums == block_size
+        if self._supervised and not self._masks_fit(batch, block_size):
+            return (
+                f"{self.path} holds loss masks that do not fit the rows in"
+                f" {self._place(index, index)}; build the token set again."
+            )
         if int(ids.max()) < vocab_size and bool(fills.all()):
             return None
         return (
@@ -177,6 +192,24 @@ class Shard:
             f" do not fill {block_size} tokens in {self._place(index, index)}; build the token set"
             " again."
         )
+
+    def _masks_fit(self, batch: pa.RecordBatch, block_size: int) -> bool:
+        """Return whether masks stay inside documents and leave the first token of each out."""
+        column = batch.column(3)
+        offsets = column.offsets.to_numpy()
+        counts = np.diff(offsets)
+        runs = column.flatten().to_numpy().astype(np.int64)
+        totals = np.concatenate([[0], np.cumsum(runs)])
+        if bool((counts % 2).any()) or int(np.diff(totals[offsets]).max()) > block_size:
+            return False
+        mask = runs_to_mask(runs, offsets, block_size)
+        places = batch.column(1).offsets.to_numpy()
+        lens = batch.column(1).flatten().to_numpy().astype(np.int64)
+        for row in range(len(mask)):
+            ends = np.cumsum(lens[places[row] : places[row + 1]])
+            if mask[row, [0, *ends[:-1]]].any() or mask[row, ends[-1] :].any():
+                return False
+        return True
 
 
 def find_damages(path: str | Path) -> Iterator[str]:
@@ -198,9 +231,10 @@ def find_damages(path: str | Path) -> Iterator[str]:
     infos = [ShardInfo.from_json(entry) for entry in payload["shards"]]
     size, dtype = payload["block_size"], np.dtype(payload["dtype"])
     has_padding = payload["num_tokens"] < payload["num_rows"] * size
+    supervised = "supervision" in payload
     for info, first_row in zip(infos, shard_first_rows(infos), strict=True):
         try:
-            shard = Shard(path / info.file, info, first_row, size, dtype)
+            shard = Shard(path / info.file, info, first_row, size, dtype, supervised=supervised)
         except DataError as error:
             yield str(error)
             continue

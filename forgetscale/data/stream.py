@@ -41,6 +41,8 @@ class StreamBatch:
     doc_lens: Int64[Tensor, "rows pieces"] | None = None
     """Tokens of each document piece of a row, zeros after the last one; what a row has beyond
     their sum is padding. None: no row has padding, and pieces were not asked for."""
+    loss_mask: Bool[Tensor, "rows block"] | None = None
+    """Which tokens may be targets; None: all, no set holds SFT rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +169,7 @@ class TokenStream(Iterator[StreamBatch]):
             cursor=share.cursor,
             metrics=metrics,
             doc_lens=self.data.document_lens(set_ids, rows) if self._documents else None,
+            loss_mask=self.data.loss_mask(set_ids, rows) if self.data.is_supervised else None,
         )
 
 

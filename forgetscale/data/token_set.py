@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from forgetscale.artifact import read_manifest
 from forgetscale.data.format import KIND, ShardInfo, content_hash, unpack_doc_id
 from forgetscale.data.shard import RowWindows, Shard, find_damages, shard_first_rows
+from forgetscale.data.supervision import runs_to_mask
 from forgetscale.errors import DataError
 
 
@@ -38,6 +39,9 @@ class TokenSet:
     Args:
         path: Artefact folder made by ``python -m data_prep build``.
 
+    Attributes:
+        is_supervised: Whether it holds SFT rows, which say which tokens are targets.
+
     Raises:
         DataError: No token set there, or a shard is missing or has another size.
     """
@@ -55,9 +59,17 @@ class TokenSet:
         self.num_text_bytes: int = self.payload["num_text_bytes"]
         self.tokenizer_sha256: str = self.payload["tokenizer_sha256"]
         self.dtype = np.dtype(self.payload["dtype"])
+        self.is_supervised = "supervision" in self.payload
         infos = [ShardInfo.from_json(entry) for entry in self.payload["shards"]]
         self._shards = [
-            Shard(self.path / info.file, info, first, self.block_size, self.dtype)
+            Shard(
+                self.path / info.file,
+                info,
+                first,
+                self.block_size,
+                self.dtype,
+                supervised=self.is_supervised,
+            )
             for info, first in zip(infos, shard_first_rows(infos), strict=True)
         ]
         windows = RowWindows(self._shards, self.block_size, self.dtype)
@@ -69,6 +81,7 @@ class TokenSet:
         self._shard_first_batch = np.searchsorted(self._batch_shard, np.arange(len(infos)))
         self._ids_start = np.full(len(counts), -1, dtype=np.int64)
         self._lens_of_batch: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._runs_of_batch: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -82,9 +95,13 @@ class TokenSet:
     def targets_per_row(self, *, document_mask: bool) -> Fraction:
         """Return the mean number of target tokens of a row: all but the first of each text.
 
+        Of SFT rows it is the mean number of supervised tokens.
+
         Args:
             document_mask: Each document piece is a text of its own; else each row is one.
         """
+        if self.is_supervised:
+            return Fraction(self.payload["supervision"]["num_supervised_tokens"], self.num_rows)
         num_texts = len(self.document_lengths()) if document_mask else self.num_rows
         return Fraction(self.num_tokens - num_texts, self.num_rows)
 
@@ -144,6 +161,34 @@ class TokenSet:
         for place, lens in enumerate(found):
             out[place, : len(lens)] = lens
         return torch.from_numpy(out)
+
+    def loss_mask(self, row_ids: Sequence[int] | np.ndarray | Tensor) -> Bool[Tensor, "rows block"]:
+        """Return which tokens of chosen SFT rows are supervised.
+
+        Args:
+            row_ids: Row numbers in ``0..num_rows - 1``; their ids were read before or are
+                verified now.
+
+        Raises:
+            ValueError: A row number is outside the set, or the set holds no SFT rows.
+            DataError: A record batch changed since it was written.
+        """
+        if not self.is_supervised:
+            raise ValueError(f"{self.path} holds no SFT rows, so it has no loss masks")
+        rows = np.asarray(row_ids, dtype=np.int64).reshape(-1)
+        batches = np.searchsorted(self._batch_first_row, rows, side="right") - 1
+        runs, counts = [np.empty(0, np.uint32)], []
+        for row, batch in zip(rows.tolist(), batches.tolist(), strict=True):
+            if batch not in self._runs_of_batch:
+                self.read([row])
+                column = self._record_batch(batch).column(3)
+                self._runs_of_batch[batch] = column.values.to_numpy(), column.offsets.to_numpy()
+            values, offsets = self._runs_of_batch[batch]
+            inside = row - int(self._batch_first_row[batch])
+            runs.append(values[offsets[inside] : offsets[inside + 1]])
+            counts.append(len(runs[-1]))
+        ends = np.cumsum([0, *counts])
+        return torch.from_numpy(runs_to_mask(np.concatenate(runs), ends, self.block_size))
 
     def document_pieces(self, row: int) -> list[DocumentPiece]:
         """Return the documents that row ``row`` consists of, in order.

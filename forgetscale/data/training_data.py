@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from forgetscale.artifact import canonical_json, hash_bytes
@@ -110,6 +110,11 @@ class TrainingData:
         """Whether rows of any set end in padding."""
         return any(part.token_set.num_padding_tokens > 0 for part in self.parts)
 
+    @property
+    def is_supervised(self) -> bool:
+        """Whether rows of any set say which of their tokens are targets."""
+        return any(part.token_set.is_supervised for part in self.parts)
+
     def targets_per_row(self, *, document_mask: bool) -> Fraction:
         """Return the mean number of target tokens of a row, sets weighted by their shares.
 
@@ -143,11 +148,30 @@ class TrainingData:
             out[torch.from_numpy(places), : lens.shape[1]] = lens
         return out
 
+    def loss_mask(
+        self, set_ids: Int64[np.ndarray, " rows"], rows: Int64[np.ndarray, " rows"]
+    ) -> Bool[Tensor, "rows block"]:
+        """Return which tokens of chosen rows may be targets: in rows of plain text all of them.
+
+        Raises:
+            DataError: A record batch changed since it was written.
+        """
+        out = torch.ones((len(rows), self.block_size), dtype=torch.bool)
+        for index, part in enumerate(self.parts):
+            chosen = np.flatnonzero(set_ids == index)
+            if len(chosen) and part.token_set.is_supervised:
+                out[torch.from_numpy(chosen)] = part.token_set.loss_mask(rows[chosen])
+        return out
+
     def shares(self, counts: Int64[np.ndarray, " sets"]) -> dict[str, float]:
         """Return the share of rows and of tokens that each set has had, for the metrics.
 
         Args:
             counts: Rows of each set so far. Tokens are counted with the set's mean tokens a row.
+
+        Returns:
+            ``data/row_share/NAME``, ``data/token_share/NAME`` and, with SFT rows,
+            ``data/target_share/NAME``: the share of target tokens.
         """
         if len(self.parts) == 1:
             return {}
@@ -155,11 +179,17 @@ class TrainingData:
             int(count) * part.token_set.num_tokens / part.token_set.num_rows
             for count, part in zip(counts, self.parts, strict=True)
         ]
-        num_rows, num_tokens = max(1, int(counts.sum())), max(1.0, math.fsum(tokens))
+        kinds = {"row": [float(count) for count in counts], "token": tokens}
+        if self.is_supervised:
+            kinds["target"] = [
+                int(count) * float(part.token_set.targets_per_row(document_mask=True))
+                for count, part in zip(counts, self.parts, strict=True)
+            ]
         found = {}
-        for part, count, size in zip(self.parts, counts, tokens, strict=True):
-            found[f"data/row_share/{part.name}"] = int(count) / num_rows
-            found[f"data/token_share/{part.name}"] = size / num_tokens
+        for kind, sizes in kinds.items():
+            whole = max(1.0, math.fsum(sizes))
+            for part, size in zip(self.parts, sizes, strict=True):
+                found[f"data/{kind}_share/{part.name}"] = size / whole
         return found
 
     def record(self) -> dict[str, Any]:
@@ -194,7 +224,8 @@ def open_data(config: DataConfig, tokenizer_dir: Path | None = None) -> Training
 
     Raises:
         DataError: A token set is missing or damaged, or was made with another tokenizer.
-        ConfigError: The sets of a mixture do not go together.
+        ConfigError: The sets of a mixture do not go together, or a set is of another kind than the
+            recipe says.
     """
     if isinstance(config, MixtureDataConfig):
         sets = [TokenSet(part.path) for part in config.sets]
@@ -207,12 +238,27 @@ def open_data(config: DataConfig, tokenizer_dir: Path | None = None) -> Training
             DataPart(part.shown_name, token_set, share, part.shuffle_seed)
             for part, token_set, share in zip(config.sets, sets, shares, strict=True)
         ]
+        kinds = [(f"data.sets[{index}].kind", part.kind) for index, part in enumerate(config.sets)]
     else:
         parts = [DataPart(config.path.name, TokenSet(config.path), 1, None)]
+        kinds = [("data.kind", config.kind)]
+    for part, (field, kind) in zip(parts, kinds, strict=True):
+        _require_kind(part.token_set, field, kind)
     if tokenizer_dir is not None:
         for part in parts:
             require_same_tokenizer(part.token_set, tokenizer_dir)
     return TrainingData(parts)
+
+
+def _require_kind(token_set: TokenSet, field: str, kind: str) -> None:
+    """Refuse SFT rows that would be trained as text, and text as SFT rows."""
+    found = "sft" if token_set.is_supervised else "tokens"
+    if found != kind:
+        holds = {"sft": "SFT rows (build --sft)", "tokens": "plain tokens"}[found]
+        raise ConfigError(
+            f"{field} is {kind}, but {token_set.path} holds {holds}; set {field} to {found} or name"
+            " another folder."
+        )
 
 
 def mixture_shares(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import xxhash
-from jaxtyping import Integer
+from jaxtyping import Bool, Integer
 
 from forgetscale.artifact import ArtifactWriter
 from forgetscale.data.format import (
@@ -25,6 +25,7 @@ from forgetscale.data.format import (
     token_dtype,
 )
 from forgetscale.data.packing import CONCAT_VERSION, cut_rows, slice_rows
+from forgetscale.data.supervision import mark_supervised, split_marked
 
 
 class _HashingFile(io.RawIOBase):
@@ -78,6 +79,9 @@ class _OpenShard:
             pa.ListArray.from_arrays(offsets, pa.array(rows.doc_lens)),
             pa.ListArray.from_arrays(offsets, pa.array(rows.doc_id)),
         ]
+        if rows.loss_mask is not None:
+            places = pa.array(rows.mask_offsets)
+            columns.append(pa.ListArray.from_arrays(places, pa.array(rows.loss_mask)))
         start = self._file.size
         self._file.piece = xxhash.xxh3_64()
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
@@ -105,6 +109,13 @@ class ShardWriter:
         block_size: Tokens a row.
         vocab_size: Ids are below this number; decides between uint16 and uint32.
         shard_rows: Rows a shard; None for the default of the format.
+        supervised: Write SFT rows: each group of rows has loss masks.
+
+    Attributes:
+        dtype: Type of the ids.
+        supervised: As given.
+        num_rows: Rows so far.
+        num_supervised_tokens: Supervised tokens so far.
     """
 
     def __init__(
@@ -114,13 +125,16 @@ class ShardWriter:
         block_size: int,
         vocab_size: int,
         shard_rows: int | None = None,
+        supervised: bool = False,
     ) -> None:
         self.dtype = token_dtype(vocab_size)
+        self.supervised = supervised
         self.num_rows = 0
+        self.num_supervised_tokens = 0
         self._directory = Path(directory)
         self._block_size = block_size
         self._shard_rows = shard_rows or rows_per_shard(block_size)
-        self._schema = schema(block_size, self.dtype)
+        self._schema = schema(block_size, self.dtype, supervised=supervised)
         self._shard: _OpenShard | None = None
         self._closed: list[tuple[_OpenShard, tuple[int, str, str]]] = []
 
@@ -128,8 +142,11 @@ class ShardWriter:
         """Write ``rows`` as one record batch.
 
         Raises:
-            ValueError: The rows have another length or type than the set.
+            ValueError: The rows have another length or type than the set, or only one of the two
+                has loss masks.
         """
+        if (rows.loss_mask is not None) != self.supervised:
+            raise ValueError("SFT rows have loss masks and go into a set of SFT rows, others not")
         if rows.input_ids.shape[1:] != (self._block_size,) or rows.input_ids.dtype != self.dtype:
             raise ValueError(
                 f"rows are {rows.input_ids.dtype} {rows.input_ids.shape}, expected {self.dtype}"
@@ -142,6 +159,13 @@ class ShardWriter:
             self._shard = _OpenShard(self._directory / name, self._schema)
         self._shard.append(rows)
         self.num_rows += len(rows)
+        if rows.loss_mask is not None:
+            # Runs come in pairs, the second of each is supervised.
+            self.num_supervised_tokens += int(rows.loss_mask[1::2].sum())
+
+    def supervision(self) -> dict[str, Any] | None:
+        """Return ``payload["supervision"]`` of SFT rows; None for other rows."""
+        return {"num_supervised_tokens": self.num_supervised_tokens} if self.supervised else None
 
     def close(self) -> list[dict[str, Any]]:
         """Finish the last shard, give all their final names, return ``payload["shards"]``."""
@@ -168,6 +192,7 @@ def write_token_set(
     tokenizer_sha256: str,
     doc_lens: Integer[np.ndarray, " documents"] | None = None,
     doc_ids: Integer[np.ndarray, " documents"] | None = None,
+    supervised: Bool[np.ndarray, "rows block"] | None = None,
     num_text_bytes: int = 0,
     batch_rows: int | None = None,
     shard_rows: int | None = None,
@@ -182,6 +207,7 @@ def write_token_set(
         tokenizer_sha256: ``tokenizer_hash`` of the tokenizer that made the ids.
         doc_lens: Lengths of the documents, summing to the number of ids; None: one a row.
         doc_ids: Id of each document; None: file 0, line 1 and so on.
+        supervised: Makes SFT rows: True at tokens to learn, without effect at document starts.
         num_text_bytes: UTF-8 bytes of the text behind the rows, for bits per byte.
         batch_rows: Rows a record batch; None for the default of the format.
         shard_rows: Rows a shard; None for the default of the format.
@@ -199,16 +225,22 @@ def write_token_set(
         raise ValueError(f"document lengths must be >= 1 and sum to {input_ids.size}")
     ids = np.arange(1, len(lens) + 1) if doc_ids is None else doc_ids
     dtype = token_dtype(vocab_size)
-    whole = cut_rows(
-        input_ids.astype(dtype).reshape(-1), lens, ids, num_rows=num_rows, block_size=block_size
-    )
+    flat = input_ids.astype(dtype).reshape(-1)
+    if supervised is not None:
+        flat = mark_supervised(flat, supervised.reshape(-1))
+    whole = cut_rows(flat, lens, ids, num_rows=num_rows, block_size=block_size)
     step = batch_rows or rows_per_batch(block_size)
     with ArtifactWriter(directory, KIND) as artifact:
         writer = ShardWriter(
-            artifact.path, block_size=block_size, vocab_size=vocab_size, shard_rows=shard_rows
+            artifact.path,
+            block_size=block_size,
+            vocab_size=vocab_size,
+            shard_rows=shard_rows,
+            supervised=supervised is not None,
         )
         for start in range(0, num_rows, step):
-            writer.append(slice_rows(whole, start, min(start + step, num_rows)))
+            rows = slice_rows(whole, start, min(start + step, num_rows))
+            writer.append(rows if supervised is None else split_marked(rows, dtype))
         artifact.payload = token_set_payload(
             block_size=block_size,
             vocab_size=vocab_size,
@@ -217,6 +249,7 @@ def write_token_set(
             num_text_bytes=num_text_bytes,
             tokenizer_sha256=tokenizer_sha256,
             shards=writer.close(),
+            supervision=writer.supervision(),
         ) | dict(payload or {})
         artifact.inputs = {"tokenizer": tokenizer_sha256}
 
@@ -231,9 +264,10 @@ def token_set_payload(
     tokenizer_sha256: str,
     shards: list[dict[str, Any]],
     num_padding_tokens: int = 0,
+    supervision: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the manifest payload of a token set with the optional parts at their neutral value."""
-    return {
+    return ({} if supervision is None else {"supervision": supervision}) | {
         "block_size": block_size,
         "vocab_size": vocab_size,
         "dtype": token_dtype(vocab_size).name,

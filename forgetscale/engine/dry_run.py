@@ -14,7 +14,7 @@ from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import open_data, open_stream
 from forgetscale.engine.estimate import MemoryEstimate, estimate_memory, flops_per_token
-from forgetscale.engine.loop import accumulate, count_targets, micro_batches
+from forgetscale.engine.loop import accumulate, batches_of, count_targets
 from forgetscale.engine.metrics import memory_bytes
 from forgetscale.engine.run import num_train_steps
 from forgetscale.engine.start import open_source, start_engine
@@ -105,9 +105,7 @@ def mock_steps(recipe: Recipe, method: Method, world: World) -> Trial:
         rows = next(stream)
         start = time.perf_counter()
         size = recipe.train.micro_batch_size
-        batches = list(
-            micro_batches(rows.input_ids, size, count, doc_lens=rows.doc_lens, document_mask=mask)
-        )
+        batches = batches_of(rows, size=size, count=count, document_mask=mask)
         num_targets = count_targets(batches, world)
         loss_sum = float(accumulate(engine, method.loss, batches, num_targets))
         engine.shards.freeze(decay=0.0)

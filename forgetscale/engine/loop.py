@@ -81,6 +81,7 @@ def micro_batches(
     doc_lens: Int64[Tensor, "rows pieces"] | None = None,
     *,
     document_mask: bool = False,
+    loss_mask: Bool[Tensor, "rows T"] | None = None,
 ) -> Iterator[MicroBatch]:
     """Cut a rank's rows into ``count`` micro-batches of ``size`` rows, the same on every rank.
 
@@ -94,6 +95,7 @@ def micro_batches(
         skipped: True for rows that carry no target; None for none.
         doc_lens: Tokens of the document pieces of each row; None: rows without padding.
         document_mask: Documents do not see each other; needs ``doc_lens``.
+        loss_mask: False at tokens that are no targets; None: SFT rows are not among the rows.
 
     Yields:
         Micro-batches of ``size`` rows; padding is no target.
@@ -103,6 +105,8 @@ def micro_batches(
     targets = rows
     if doc_lens is not None:
         targets = packed_labels(rows, doc_lens, document_mask=document_mask)
+    if loss_mask is not None:
+        targets = targets.masked_fill(~loss_mask, IGNORE_INDEX)
     for start in range(0, size * count, size):
         part = rows[start : start + size]
         ids = rows.new_zeros(size, rows.shape[1])
@@ -117,6 +121,23 @@ def micro_batches(
             lens = doc_lens[start : start + size]
             positions[: part.shape[0]] = document_positions(lens, rows.shape[1])
         yield MicroBatch(ids, labels, positions)
+
+
+def batches_of(
+    batch: StreamBatch, *, size: int, count: int, document_mask: bool
+) -> list[MicroBatch]:
+    """Return the micro-batches of this rank's share of a step; see ``micro_batches``."""
+    return list(
+        micro_batches(
+            batch.input_ids,
+            size,
+            count,
+            batch.skipped,
+            batch.doc_lens,
+            document_mask=document_mask,
+            loss_mask=batch.loss_mask,
+        )
+    )
 
 
 def count_targets(batches: Sequence[MicroBatch], world: World) -> int:
@@ -186,15 +207,11 @@ def train_step(job: Training, batch: StreamBatch, step: int) -> StepResult:
     """
     recipe, engine, world = job.recipe, job.engine, job.world
     optim = recipe.optim
-    batches = list(
-        micro_batches(
-            batch.input_ids,
-            recipe.train.micro_batch_size,
-            job.num_micro_batches,
-            batch.skipped,
-            batch.doc_lens,
-            document_mask=recipe.data.document_mask,
-        )
+    batches = batches_of(
+        batch,
+        size=recipe.train.micro_batch_size,
+        count=job.num_micro_batches,
+        document_mask=recipe.data.document_mask,
     )
     num_targets = count_targets(batches, world)
 

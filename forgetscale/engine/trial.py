@@ -9,7 +9,7 @@ import torch
 from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import TrainingData, open_stream
-from forgetscale.engine.loop import accumulate, count_targets, micro_batches
+from forgetscale.engine.loop import accumulate, batches_of, count_targets
 from forgetscale.errors import NonFiniteError
 from forgetscale.ops.losses import cross_entropy
 from forgetscale.progress import Progress
@@ -63,15 +63,8 @@ def train_and_subtract(
     with progress(num_steps) as display:
         for step in range(1, num_steps + 1):
             batch = next(stream)
-            batches = list(
-                micro_batches(
-                    batch.input_ids,
-                    train.micro_batch_size,
-                    count,
-                    batch.skipped,
-                    batch.doc_lens,
-                    document_mask=mask,
-                )
+            batches = batches_of(
+                batch, size=train.micro_batch_size, count=count, document_mask=mask
             )
             num_targets = count_targets(batches, world)
             loss = accumulate(engine, cross_entropy, batches, num_targets)
