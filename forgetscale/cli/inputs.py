@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from forgetscale.config import Recipe
-from forgetscale.data import TokenSet, open_data, require_same_tokenizer
+from forgetscale.data import TokenSet, open_data, require_same_tokenizer, require_vocabulary
 from forgetscale.engine.data_state import read_run_skips
 from forgetscale.errors import ConfigError
 from forgetscale.evaluation.reuse import is_live_task
@@ -23,8 +23,8 @@ def check_inputs(recipe: Recipe) -> None:
     Raises:
         ConfigError: The loss looks at more logits than there are, a task cannot be measured as
             asked, or the plan does not fit the model.
-        DataError: A folder is missing, damaged or made with another tokenizer, or a skip list is
-            wrong.
+        DataError: A folder is missing, damaged or made with another tokenizer, holds ids beyond
+            the model's vocabulary, or a skip list is wrong.
     """
     config = read_model_config(recipe.model.path, recipe.model.attn_implementation)
     shapes = parameter_shapes(build_skeleton(config))
@@ -35,7 +35,10 @@ def check_inputs(recipe: Recipe) -> None:
             f"method.loss.top_k is {top_k}, but {recipe.model.path} has a vocabulary of"
             f" {config.vocab_size}; lower it."
         )
-    read_run_skips(recipe, open_data(recipe.data, recipe.model.path))
+    data = open_data(recipe.data, recipe.model.path)
+    for part in data.parts:
+        require_vocabulary(part.token_set, config.vocab_size, recipe.model.path)
+    read_run_skips(recipe, data)
     calibration = getattr(recipe.method, "calibration", None)
     if calibration is not None:
         require_same_tokenizer(TokenSet(calibration.path), recipe.model.path)

@@ -14,7 +14,12 @@ from forgetscale.data.skip_list import (
 )
 from forgetscale.data.stream import StreamBatch, TokenStream, calibration_rows, open_stream
 from forgetscale.data.token_set import DocumentPiece, TokenSet
-from forgetscale.data.tokenizer import require_same_tokenizer, tokenizer_files, tokenizer_hash
+from forgetscale.data.tokenizer import (
+    require_same_tokenizer,
+    require_vocabulary,
+    tokenizer_files,
+    tokenizer_hash,
+)
 from forgetscale.data.training_data import (
     DataPart,
     TrainingData,
@@ -50,6 +55,7 @@ __all__ = [
     "pack_doc_id",
     "read_skips",
     "require_same_tokenizer",
+    "require_vocabulary",
     "settle_skips",
     "token_set_payload",
     "tokenizer_files",

@@ -8,6 +8,7 @@ from pathlib import Path
 from forgetscale.data.token_set import TokenSet
 from forgetscale.errors import DataError
 
+_ROWS_AT_ONCE = 1024
 _DEFINING_FILES = (
     ("tokenizer.json",),
     ("tokenizer.model",),
@@ -75,3 +76,31 @@ def require_same_tokenizer(token_set: TokenSet, tokenizer_dir: Path) -> None:
             f" {token_set.tokenizer_sha256[:12]}...) than {tokenizer_dir} ({found[:12]}...); build"
             " the token set again with the tokenizer of the model."
         )
+
+
+def require_vocabulary(token_set: TokenSet, num_embeddings: int, model: Path) -> None:
+    """Refuse a token set with ids that the model has no embedding for.
+
+    A tokenizer may know more ids than the model as long as the set does not use them; only then is
+    the whole set read.
+
+    Args:
+        token_set: The set.
+        num_embeddings: Ids the model embeds.
+        model: Named in the error.
+
+    Raises:
+        DataError: An id is not below ``num_embeddings``, or the set is damaged.
+    """
+    if token_set.vocab_size <= num_embeddings:
+        return
+    for first in range(0, token_set.num_rows, _ROWS_AT_ONCE):
+        rows = range(first, min(first + _ROWS_AT_ONCE, token_set.num_rows))
+        ids = token_set.read(rows)
+        highest = int(ids.max())
+        if highest >= num_embeddings:
+            row = rows[int((ids == highest).any(1).nonzero()[0])]
+            raise DataError(
+                f"{token_set.path} holds id {highest} in row {row}, but {model} embeds ids below"
+                f" {num_embeddings}; build it with the tokenizer of the model."
+            )

@@ -72,6 +72,11 @@ class SourceCalibration:
             raise ConfigError(
                 "this score needs source data; set method.calibration.path to a token set."
             )
+        if self.token_set.is_supervised:
+            raise ConfigError(
+                f"method.calibration.path: {self.token_set.path} holds SFT rows, but calibration"
+                " looks at every token; build it with --chat instead of --sft."
+            )
         if self.token_set.num_padding_tokens:
             raise ConfigError(
                 f"method.calibration.path: {self.token_set.path} has rows with padding, which would"

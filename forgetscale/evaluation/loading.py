@@ -62,6 +62,11 @@ def load_perplexity(
             f" {tokenizer.name_or_path} has {len(tokenizer)}; build the token set again with the"
             " tokenizer of the model."
         )
+    if token_set.is_supervised:
+        raise DataError(
+            f"{token_set.path} holds SFT rows, but perplexity is of every token; build it without"
+            " --sft."
+        )
     num_rows = min(token_set.num_rows, max_rows or token_set.num_rows)
     num_bytes = token_set.num_text_bytes
     return TokenPerplexity(

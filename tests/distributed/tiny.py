@@ -133,6 +133,23 @@ def make_padded_set(directory: Path, model: Path, *, documents: int = 60, seed: 
     return directory
 
 
+def make_sft_set(directory: Path, model: Path, *, rows: int = 30, seed: int = 8) -> Path:
+    """Write SFT rows: two documents a row, some tokens supervised; in every fifth row none."""
+    generator = np.random.default_rng(seed)
+    lens = np.stack([first := generator.integers(3, BLOCK_SIZE - 2, rows), BLOCK_SIZE - first], 1)
+    supervised = generator.random((rows, BLOCK_SIZE)) < generator.random((rows, 1))
+    supervised[::5] = False
+    write_token_set(
+        directory,
+        set_rows(rows=rows, seed=seed),
+        vocab_size=VOCAB_SIZE,
+        tokenizer_sha256=tokenizer_hash(model),
+        doc_lens=lens.reshape(-1),
+        supervised=supervised,
+    )
+    return directory
+
+
 def base_recipe(folder: Path, name: str, **method: object) -> dict:
     """Return a recipe for the tiny world below ``folder`` (model/, data/, calibration/)."""
     method = method or {"kind": "sft"}

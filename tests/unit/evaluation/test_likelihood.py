@@ -2,10 +2,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
+from forgetscale.data import tokenizer_hash, write_token_set
 from forgetscale.errors import ConfigError, DataError, ForgetScaleError
 from forgetscale.evaluation import (
     HuggingFaceLikelihood,
@@ -13,6 +15,7 @@ from forgetscale.evaluation import (
     SingleProcess,
     evaluate_live,
 )
+from forgetscale.evaluation.loading import load_perplexity
 from forgetscale.evaluation.model import load_model
 from forgetscale.evaluation.prompts import ChatPrompts
 from forgetscale.evaluation.tasks import Question
@@ -161,6 +164,19 @@ def test_another_tokenizer_is_refused(model_dir: Path, task_dir: Path, tmp_path:
     other = AutoTokenizer.from_pretrained(tmp_path)
     with pytest.raises(DataError, match="was made with another tokenizer"):
         LiveEvaluator(["perplexity/source"], task_dir, other)
+
+
+def test_perplexity_of_sft_rows_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    loaded = load_model(model_dir, dtype="float32")
+    write_token_set(
+        tmp_path / "perplexity" / "chats",
+        np.ones((2, 4), dtype=np.int64),
+        vocab_size=len(loaded.tokenizer),
+        tokenizer_sha256=tokenizer_hash(model_dir),
+        supervised=np.ones((2, 4), dtype=bool),
+    )
+    with pytest.raises(DataError, match="holds SFT rows, but perplexity is of every token"):
+        load_perplexity(tmp_path, "perplexity/chats", tokenizer=loaded.tokenizer)
 
 
 def test_prompts_need_a_template_with_an_end(model_dir: Path) -> None:
