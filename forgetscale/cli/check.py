@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from forgetscale.api import Method
 from forgetscale.cli.data_check import check_data
 from forgetscale.cli.inputs import check_inputs
 from forgetscale.cli.recipe_options import add_recipe_options, read_recipe, running_world
-from forgetscale.config import HftMethodConfig, S2ftMethodConfig, dump_recipe
-from forgetscale.engine.dry_run import Outlook, look_ahead, mock_steps
+from forgetscale.config import Recipe, dump_recipe
+from forgetscale.engine.dry_run import Outlook, Trial, look_ahead, mock_steps
+from forgetscale.masks import FreezePlan
 from forgetscale.methods import METHODS
-from forgetscale.methods.hft import draw_frozen
-from forgetscale.methods.s2ft import draw_plan
 from forgetscale.zero3 import launcher_rank, launcher_world_size
 
 EXAMPLES = """examples:
   forgetscale check --config run.yaml
   deepspeed --num_gpus 8 --module forgetscale check --config run.yaml
   forgetscale check --config run.yaml --no-step --world-size 64     estimates for 64 ranks
+  forgetscale check --config run.yaml --no-step --json              the same for scripts
   forgetscale check --config run.yaml --data     every byte, and 10,000 interrupted runs replayed
 """
 
@@ -32,6 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-step", action="store_true", help="estimate only; reads no weights")
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="ranks to estimate for (default: this launch)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        help="where training will compute (default: here; with --no-step cuda)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object (bytes, operations) and no text"
     )
     parser.add_argument(
         "--data",
@@ -51,27 +63,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def describe(outlook: Outlook, world_size: int) -> str:
     """Return the estimates as text."""
     memory = outlook.memory
+    state = memory.state
+    host = " (host)" if state.offloaded else ""
+    passing = memory.micro_batch >= memory.step
     parts = [
-        ("weights", memory.weights),
-        ("fp32 master weights", memory.master_weights),
-        ("AdamW moments", memory.moments),
-        ("gradients", memory.gradients),
-        ("gradient copy in the step", memory.step_gradients),
-        ("logits of one chunk", memory.logits),
-        ("sum on the device", memory.device),
-        ("sum in host memory (offload)", memory.host),
+        ("weights", state.weights),
+        (f"fp32 master weights{host}", state.masters),
+        (f"AdamW moments{host}", state.moments),
+        (f"gradients{host}", state.gradients),
+        *([(f"gradients to step with{host}", state.step_gradients)] if state.offloaded else []),
+        ("gradient bucket", memory.bucket),
+        ("buffers of the model", memory.buffers),
+        ("gathered parameters", memory.gathered),
+        ("activations", memory.activations),
+        ("loss", memory.loss),
+        ("gradients of the pass", memory.backward),
+        ("copies in the step", memory.step),
     ]
     tokens = outlook.num_steps * outlook.target_tokens_per_step
+    share = outlook.num_frozen / outlook.num_parameters
+    peak = "forward and backward" if passing else "the optimizer's step"
     lines = [
         f"parameters            {outlook.num_parameters:,}",
+        f"freeze plan           {outlook.num_frozen:,} frozen ({share:.2%}), layout"
+        f" {outlook.layout}; plan {outlook.plan_source}",
         f"steps                 {outlook.num_steps:,} of {outlook.target_tokens_per_step:,} target"
         f" tokens, {tokens:,} in all",
-        f"operations per token  {outlook.flops_per_token:.3e},"
-        f" {outlook.flops_per_token * tokens:.3e} in all",
-        f"memory per rank, {world_size} ranks, activations not counted:",
-        *(f"  {name:28s} {size / 1e9:10.3f} GB" for name, size in parts),
+        f"operations per token  {outlook.flops_per_token:.3e} needed,"
+        f" {outlook.executed_flops_per_token:.3e} executed,"
+        f" {outlook.flops_per_token * tokens:.3e} needed in all",
+        f"memory per rank, {world_size} ranks:",
+        *(f"  {name:31s} {size / 1e9:10.3f} GB" for name, size in parts),
+        f"  {'peak on the device':31s} {memory.device / 1e9:10.3f} GB, in {peak}",
     ]
+    if state.offloaded:
+        lines.append(f"  {'in host memory':31s} {memory.host / 1e9:10.3f} GB")
     return "\n".join(lines)
+
+
+def as_json(outlook: Outlook, trial: Trial | None, world_size: int) -> str:
+    """Return the estimates, and the mock step if there was one, as one JSON object."""
+    memory = outlook.memory
+    totals = {"device": memory.device, "host": memory.host}
+    found: dict[str, Any] = {"world_size": world_size, **asdict(outlook)}
+    found["memory"] |= totals
+    found["mock_step"] = None if trial is None else asdict(trial)
+    return json.dumps(found, indent=1)
+
+
+def make_method(section: Any) -> Method:
+    """Return the method of a recipe section."""
+    method: Method = METHODS[section.kind](section)
+    return method
 
 
 def run(options: argparse.Namespace) -> None:
@@ -84,33 +127,16 @@ def run(options: argparse.Namespace) -> None:
     if not options.no_step:
         check_inputs(recipe)
     world_size = options.world_size or launcher_world_size()
-
-    def draw(structure: Any) -> frozenset[str]:
-        method = recipe.method
-        if isinstance(method, HftMethodConfig):
-            return draw_frozen(structure, recipe.run.seed, method.frozen_fraction)
-        if isinstance(method, S2ftMethodConfig):
-            _, whole = draw_plan(
-                structure,
-                recipe.run.seed,
-                trainable_fraction=method.trainable_fraction,
-                variant=method.variant,
-                ends=method.ends,
-            )
-            return whole
-        return frozenset()
-
-    outlook = look_ahead(recipe, world_size, draw)
-    if launcher_rank() == 0:
+    device = options.device or ("cuda" if options.no_step else _device_here())
+    outlook, plan = look_ahead(recipe, world_size, make_method, device=device)
+    speaks = launcher_rank() == 0
+    if speaks and not options.json:
         print(dump_recipe(recipe))
         print(describe(outlook, world_size), flush=True)
-    if options.no_step:
-        return
-    method = METHODS[recipe.method.kind](recipe.method)
-    with tempfile.TemporaryDirectory(prefix="forgetscale-check-") as folder:
-        with running_world(Path(folder)) as (world, _):
-            trial = mock_steps(recipe, method, world)
-    if launcher_rank() == 0:
+    trial = None if options.no_step else _mock(recipe, plan)
+    if speaks and options.json:
+        print(as_json(outlook, trial, world_size), flush=True)
+    elif speaks and trial is not None:
         hours = outlook.num_steps * trial.step_seconds / 3600
         print(
             f"mock step             loss {trial.loss:.4f}, {trial.step_seconds:.3f} s,"
@@ -118,4 +144,13 @@ def run(options: argparse.Namespace) -> None:
             f" peak {trial.memory_bytes / 1e9:.3f} GB; about {hours:.2f} h in all",
             flush=True,
         )
-    sys.stdout.flush()
+
+
+def _device_here() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _mock(recipe: Recipe, plan: FreezePlan | None) -> Trial:
+    with tempfile.TemporaryDirectory(prefix="forgetscale-check-") as folder:
+        with running_world(Path(folder)) as (world, _):
+            return mock_steps(recipe, make_method(recipe.method), world, plan)

@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 
-from forgetscale.api import Method
+from forgetscale.api import EDITS_GRADIENTS, Method, overrides
 from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import open_data, open_stream
-from forgetscale.engine.estimate import MemoryEstimate, estimate_memory, flops_per_token
+from forgetscale.engine.estimate import MemoryEstimate, estimate_memory, trace_recipe
+from forgetscale.engine.flops import model_flops_per_token
 from forgetscale.engine.loop import accumulate, batches_of, count_targets
 from forgetscale.engine.metrics import memory_bytes
 from forgetscale.engine.run import num_train_steps
-from forgetscale.engine.start import open_source, start_engine
+from forgetscale.engine.stand_in import assume_plan
+from forgetscale.engine.start import open_source, plan_layout, start_engine
+from forgetscale.masks import CompactLayout, FreezePlan
 from forgetscale.models import build_skeleton, parameter_shapes, read_model_config
 from forgetscale.zero3 import World
 
@@ -29,9 +32,18 @@ class Outlook:
     """What a recipe will need."""
 
     num_parameters: int
+    num_frozen: int
+    """Elements the plan freezes."""
+    layout: str
+    """``full``, ``masked`` or ``compact``: how the engine will store the plan."""
+    plan_source: str
+    """Where the plan comes from that this was computed with."""
     num_steps: int
     target_tokens_per_step: int
     flops_per_token: int
+    """Operations the model needs, recomputation left out."""
+    executed_flops_per_token: int
+    """Operations of one micro-batch as it runs, recomputation included."""
     memory: MemoryEstimate
 
 
@@ -44,52 +56,83 @@ class Trial:
     memory_bytes: int
 
 
-def look_ahead(recipe: Recipe, world_size: int, draw: Callable[[Any], frozenset[str]]) -> Outlook:
+def layout_name(layout: CompactLayout | None) -> str:
+    """Return ``full``, ``masked`` or ``compact``."""
+    if layout is None:
+        return "full"
+    return "compact" if layout.pieces else "masked"
+
+
+def look_ahead(
+    recipe: Recipe, world_size: int, make_method: Callable[[Any], Method], *, device: str
+) -> tuple[Outlook, FreezePlan | None]:
     """Compute the needs of a recipe from configuration files alone; no weights, no ranks.
 
     Args:
         recipe: Resolved recipe.
         world_size: Number of ranks.
-        draw: Tells from the model's structure which parameters will be frozen whole.
+        make_method: Makes the method from its recipe section.
+        device: ``cuda`` or ``cpu``, where training will compute.
+
+    Returns:
+        The needs, and the plan they were computed with.
     """
     config = read_model_config(recipe.model.path, recipe.model.attn_implementation)
     skeleton = build_skeleton(config)
     shapes = parameter_shapes(skeleton)
-    frozen_whole = draw(skeleton)
     data = open_data(recipe.data)
-    block = data.block_size
+    assumed = assume_plan(recipe, skeleton, data, make_method)
+    layout = plan_layout(recipe, skeleton, assumed.plan)
+    method = make_method(recipe.method)
+    trace = trace_recipe(
+        recipe,
+        config,
+        layout,
+        block=data.block_size,
+        world_size=world_size,
+        device=device,
+        loss=method.loss,
+    )
+    memory = estimate_memory(
+        recipe,
+        shapes,
+        layout,
+        trace,
+        world_size=world_size,
+        edits_gradients=overrides(method, EDITS_GRADIENTS),
+    )
     targets_per_row = data.targets_per_row(document_mask=recipe.data.document_mask)
-    embedding = skeleton.get_input_embeddings().weight
-    tied = skeleton.get_output_embeddings().weight is embedding
-    name = next(n for n, p in skeleton.named_parameters() if p is embedding)
-    return Outlook(
+    outlook = Outlook(
         num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
+        num_frozen=0 if assumed.plan is None else assumed.plan.num_frozen(shapes),
+        layout=layout_name(layout),
+        plan_source=assumed.source,
         num_steps=num_train_steps(recipe, targets_per_row),
         target_tokens_per_step=round(recipe.train.global_batch_size * targets_per_row),
-        flops_per_token=flops_per_token(
-            shapes, "" if tied else name, config.num_hidden_layers, config.hidden_size, block
-        ),
-        memory=estimate_memory(
-            recipe,
-            shapes,
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            world_size=world_size,
-            frozen_whole=frozen_whole,
-        ),
+        flops_per_token=model_flops_per_token(skeleton, layout, data.block_size),
+        executed_flops_per_token=trace.flops // (recipe.train.micro_batch_size * data.block_size),
+        memory=memory,
     )
+    return outlook, assumed.plan
 
 
-def mock_steps(recipe: Recipe, method: Method, world: World) -> Trial:
+def mock_steps(recipe: Recipe, method: Method, world: World, plan: FreezePlan | None) -> Trial:
     """Run two whole steps with learning rate 0 on the first rows of the stream.
 
     The second is timed. Nothing is written, and no weight changes.
+
+    Args:
+        recipe: Resolved recipe.
+        method: Its method.
+        world: This process among all.
+        plan: Plan whose layout the model is built in, from ``look_ahead``.
+
     Collective: every rank must call it.
     """
     data = open_data(recipe.data, recipe.model.path)
     source = open_source(recipe, world)
     mask = recipe.data.document_mask
-    engine = start_engine(recipe, world, source, plan=None, training=True)
+    engine = start_engine(recipe, world, source, plan=plan, training=True)
     engine.set_training(True)
     stream = open_stream(
         data,

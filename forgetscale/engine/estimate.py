@@ -1,95 +1,199 @@
-"""What a recipe will need: bytes per rank and floating-point operations per token."""
+"""What a recipe will need on one rank, byte by byte; ``launch/bench/memory_model.py`` checks it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import read_deepspeed
+from forgetscale.engine.memory import (
+    GatherSettings,
+    Setting,
+    StateBytes,
+    Trace,
+    built_shapes,
+    gathered_elements,
+    state_bytes,
+    trace_micro_batch,
+)
+from forgetscale.engine.memory.state import (
+    DTYPE_BYTES,
+    Shapes,
+    accumulation_bytes,
+    offloads,
+    sub_groups,
+    trained_names,
+)
+from forgetscale.engine.memory.trace import ACTIVATIONS, BACKWARD, LOSS
+from forgetscale.masks import CompactLayout
+from forgetscale.ops.losses import LossFunction
 
-_BYTES = {"float32": 4, "bfloat16": 2}
+_REDUCE_BUCKET, _SUB_GROUP = 500_000_000, 1_000_000_000
+"""DeepSpeed's defaults, in elements."""
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_COMMUNICATION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes on one rank that stand for the whole run; activations come on top."""
+    """Bytes on one rank. The parts of the model's pass are those of its largest moment."""
 
-    weights: int
-    """Working copy of this rank's slices."""
-    master_weights: int
-    """fp32 masters of trained slices."""
-    moments: int
-    """AdamW's two fp32 moments of trained slices."""
-    gradients: int
-    """Accumulation buffer of trained slices."""
-    step_gradients: int
-    """fp32 copy of one sub-group's gradients while the optimizer steps."""
-    logits: int
-    """Logits of one chunk and their gradient, and the fp32 gradient of the output head."""
-    offloaded: bool
-    """True if masters, moments and the step's gradients live in host memory."""
+    state: StateBytes
+    """What lasts from step to step."""
+    bucket: int
+    """ZeRO-3's gradient bucket, allocated once."""
+    buffers: int
+    """The model's buffers."""
+    gathered: int
+    """Parameters gathered from all ranks; 0 with one rank, which computes with its slices."""
+    activations: int
+    """Kept for backward, and temporaries of forward and of recomputation."""
+    loss: int
+    """Logits of one chunk, their gradients, the gradient of the output head."""
+    backward: int
+    """Gradients on their way into the bucket, copies for the reduction, temporaries."""
+    step: int
+    """Copies of gradients while the optimizer steps; nothing of the model's pass is left then."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Bytes of forward and backward beside what lasts, at the largest moment."""
+        return self.gathered + self.activations + self.loss + self.backward
+
+    @property
+    def device(self) -> int:
+        """Peak where the model computes."""
+        lasting = self.state.device + self.bucket + self.buffers
+        return lasting + max(self.micro_batch, self.step)
 
     @property
     def host(self) -> int:
         """Bytes in host memory through offload."""
-        return self.master_weights + self.moments + self.step_gradients if self.offloaded else 0
+        return self.state.host
 
-    @property
-    def device(self) -> int:
-        """Bytes where the model computes."""
-        parts = (self.weights, self.master_weights, self.moments, self.gradients)
-        return sum(parts) + self.step_gradients + self.logits - self.host
+
+def micro_batch_setting(recipe: Recipe, block: int, world_size: int, device: str) -> Setting:
+    """Return what one micro-batch of a recipe looks like.
+
+    Args:
+        recipe: Resolved recipe.
+        block: Tokens of a row.
+        world_size: Number of ranks.
+        device: ``cuda`` or ``cpu``.
+    """
+    found = read_deepspeed(recipe.deepspeed)
+    working = _DTYPES[recipe.model.dtype]
+    asked = found.get("communication_data_type")
+    accumulation = torch.float32 if accumulation_bytes(recipe) == 4 else torch.bfloat16
+    return Setting(
+        rows=recipe.train.micro_batch_size,
+        block=block,
+        dtype=working,
+        checkpointing=recipe.model.activation_checkpointing,
+        document_mask=recipe.data.document_mask,
+        loss_chunk_size=recipe.train.loss_chunk_size,
+        bucket_elements=_bucket_elements(found["zero_optimization"]),
+        accumulation=accumulation,
+        communication=working if asked is None else _COMMUNICATION[asked.lower()],
+        world_size=world_size,
+        gloo=device == "cpu",
+    )
+
+
+def _bucket_elements(zero: dict[str, Any]) -> int:
+    return int(zero.get("reduce_bucket_size", _REDUCE_BUCKET))
+
+
+def trace_recipe(
+    recipe: Recipe,
+    config: Any,
+    layout: CompactLayout | None,
+    *,
+    block: int,
+    world_size: int,
+    device: str,
+    loss: LossFunction,
+) -> Trace:
+    """Run one micro-batch of a recipe on fake tensors.
+
+    Args:
+        recipe: Resolved recipe.
+        config: Hugging Face configuration of the source model.
+        layout: How the freeze plan is stored, or None.
+        block: Tokens of a row.
+        world_size: Number of ranks.
+        device: ``cuda`` or ``cpu``.
+        loss: Loss of the method.
+    """
+    setting = micro_batch_setting(recipe, block, world_size, device)
+    return trace_micro_batch(config, layout, setting, loss)
 
 
 def estimate_memory(
     recipe: Recipe,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
+    layout: CompactLayout | None,
+    trace: Trace,
     *,
-    vocab_size: int,
-    hidden_size: int,
     world_size: int,
-    frozen_whole: frozenset[str] = frozenset(),
+    edits_gradients: bool = False,
 ) -> MemoryEstimate:
-    """Estimate the lasting memory of one rank in the masked layout.
+    """Put the parts together.
 
     Args:
         recipe: Resolved recipe.
-        shapes: Parameter shapes of the model.
-        vocab_size: Rows of the output head.
-        hidden_size: Columns of the output head.
-        world_size: Number of ranks.
-        frozen_whole: Parameters that are frozen whole and carry no state; frozen columns do.
+        shapes: Parameter shapes of the source model.
+        layout: How the freeze plan is stored; None where there is no plan.
+        trace: From ``trace_recipe``.
+        world_size: Number of ranks, > 0.
+        edits_gradients: The method edits gradients, which it sees in fp32.
     """
-    slices = {name: -(-math.prod(shape) // world_size) for name, shape in shapes.items()}
-    held = sum(slices.values())
-    trained = sum(size for name, size in slices.items() if name not in frozen_whole)
-    width = _BYTES[recipe.model.dtype]
     zero = read_deepspeed(recipe.deepspeed)["zero_optimization"]
-    offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu"
-    group = trained if offloaded else min(trained, int(zero.get("sub_group_size", 1e9)))
-    accumulation = 4 if width == 4 else _BYTES[recipe.train.accumulation_dtype]
+    width = DTYPE_BYTES[recipe.model.dtype]
+    gathered = gathered_elements(
+        trace.numels,
+        trace.params_of,
+        trace.events,
+        world_size=world_size,
+        settings=GatherSettings.read(zero),
+    )
+    total = [peak + width * held for (peak, _), held in zip(trace.peaks, gathered, strict=True)]
+    largest = max(range(len(total)), key=total.__getitem__)
+    parts = trace.peaks[largest][1]
+    bucket = 0
+    if zero.get("contiguous_gradients", True):
+        setting = micro_batch_setting(recipe, 1, world_size, "cpu")
+        bucket = setting.bucket_elements * setting.communication.itemsize
     return MemoryEstimate(
-        weights=width * held,
-        master_weights=4 * trained,
-        moments=8 * trained,
-        gradients=accumulation * trained,
-        step_gradients=4 * group,
-        logits=vocab_size * (recipe.train.loss_chunk_size * (4 + 4 + width) + 4 * hidden_size),
-        offloaded=offloaded,
+        state=state_bytes(recipe, shapes, layout, world_size),
+        bucket=bucket,
+        buffers=trace.buffer_bytes,
+        gathered=width * gathered[largest],
+        activations=parts.get(ACTIVATIONS, 0),
+        loss=parts.get(LOSS, 0),
+        backward=parts.get(BACKWARD, 0),
+        step=_step_copies(recipe, shapes, layout, world_size, zero, edits_gradients),
     )
 
 
-def flops_per_token(
-    shapes: Mapping[str, tuple[int, ...]], embedding: str, layers: int, hidden: int, block: int
+def _step_copies(
+    recipe: Recipe,
+    shapes: Shapes,
+    layout: CompactLayout | None,
+    world_size: int,
+    zero: dict[str, Any],
+    edits_gradients: bool,
 ) -> int:
-    """Return forward and backward floating-point operations per token, without recomputation.
-
-    Six per weight of every matrix that is multiplied (the input embedding is looked up), plus
-    ``12 * layers * hidden * block / 2`` of causal attention.
-    """
-    multiplied = sum(
-        math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name != embedding
-    )
-    return 6 * multiplied + 6 * layers * hidden * block
+    built = built_shapes(shapes, layout)
+    slices = [-(-math.prod(built[n]) // world_size) for n in trained_names(built, layout)]
+    width = accumulation_bytes(recipe)
+    edited = 4 * sum(slices) if edits_gradients and width != 4 else 0
+    if offloads(zero):
+        return edited
+    groups = sub_groups(slices, int(zero.get("sub_group_size", _SUB_GROUP)))
+    # Gradients of a group are laid end to end, then cast.
+    return max(edited, max(groups, default=0) * (4 if width == 4 else 4 + width))

@@ -24,6 +24,7 @@ from forgetscale.models import (
     check_document_mask,
     check_head,
     construct,
+    enable_checkpointing,
     layout_for,
     make_compact,
     parameter_shapes,
@@ -100,7 +101,7 @@ def start_engine(
 
     model: Any = construct_partitioned(build, config, dtype)
     if recipe.model.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
 
     def read(name: str, start: int, length: int, kind: torch.dtype) -> Tensor:
         if layout is not None and name in layout.pieces:

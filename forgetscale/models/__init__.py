@@ -7,7 +7,9 @@ from forgetscale.models.skeleton import (
     buffer_values,
     build_skeleton,
     construct,
+    enable_checkpointing,
     parameter_shapes,
+    parameters_on_meta,
     read_model_config,
     restore_buffers,
 )
@@ -21,9 +23,11 @@ __all__ = [
     "check_document_mask",
     "check_head",
     "construct",
+    "enable_checkpointing",
     "layout_for",
     "make_compact",
     "parameter_shapes",
+    "parameters_on_meta",
     "read_model_config",
     "restore_buffers",
 ]

@@ -47,8 +47,8 @@ class SharedInput:
     def keep(self, x: Float[Tensor, "N I"]) -> Float[Tensor, "N U"]:
         """Return the kept columns of ``x``, gathered once while the same values come in.
 
-        ZeRO-3 hands every layer a tensor object of its own, so memory and version are compared;
-        the memory cannot be reused while it is held here.
+        ZeRO-3 hands every layer a tensor object of its own, so storage and version are compared;
+        the storage cannot be reused while it is held here.
         """
         if self._kept is None or not self._is_seen(x):
             self._seen, self._version, self._uses = x.detach(), x._version, 0
@@ -64,7 +64,8 @@ class SharedInput:
         seen = self._seen
         return (
             seen is not None
-            and seen.data_ptr() == x.data_ptr()
+            and seen.untyped_storage()._cdata == x.untyped_storage()._cdata
+            and seen.storage_offset() == x.storage_offset()
             and seen.shape == x.shape
             and seen.stride() == x.stride()
             and self._version == x._version

@@ -46,8 +46,22 @@ def construct(config: PretrainedConfig) -> Any:
     return model
 
 
+def enable_checkpointing(model: Any) -> None:
+    """Let a model compute each decoder layer again in backward instead of keeping its activations.
+
+    Args:
+        model: Hugging Face model; ``transformers`` renamed the call in 5.23.
+    """
+    arguments = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(arguments)
+    else:
+        model.gradient_checkpointing_enable(arguments)
+
+
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
+    """Let every parameter that is registered inside go to the meta device; buffers stay."""
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -70,7 +84,7 @@ def build_skeleton(config: PretrainedConfig) -> Any:
     It costs no weight memory, and tells names, shapes, module types and the exact values of
     computed buffers such as rotary frequencies.
     """
-    with _parameters_on_meta():
+    with parameters_on_meta():
         model = construct(config)
     return model.float() if any(p.dtype != torch.float32 for p in model.parameters()) else model
 

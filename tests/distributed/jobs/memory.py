@@ -1,0 +1,36 @@
+"""Jobs that compare the memory model with what engines hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from forgetscale.config import validate_recipe
+from forgetscale.data import open_data
+from forgetscale.engine.memory import state_bytes
+from forgetscale.engine.stand_in import assume_plan
+from forgetscale.engine.start import open_source, plan_layout, start_engine
+from forgetscale.methods import METHODS
+from tests.distributed.jobs.shards import world
+
+
+def states(recipes: dict[str, dict]) -> dict[str, Any]:
+    """Return predicted and measured bytes of the state of each recipe."""
+    here = world()
+    found = {}
+    for name, recipe in recipes.items():
+        parsed = validate_recipe(recipe)
+        source = open_source(parsed, here)
+        assumed = assume_plan(
+            parsed, source.skeleton, open_data(parsed.data), lambda c: METHODS[c.kind](c)
+        )
+        layout = plan_layout(parsed, source.skeleton, assumed.plan)
+        predicted = state_bytes(parsed, source.shapes, layout, here.size)
+        engine = start_engine(parsed, here, source, plan=assumed.plan, training=True)
+        found[name] = {
+            "predicted": predicted.measured_parts(),
+            "measured": engine.shards.state_bytes(),
+            "offloaded": (predicted.offloaded, engine.shards.offloaded),
+            "cut": 0 if layout is None else len(layout.pieces),
+        }
+        engine.destroy()
+    return found
