@@ -70,6 +70,10 @@ class ShapesOnly:
         """Refuse: no weights."""
         self._refuse()
 
+    def target_changes(self, num_steps: int, lr: float) -> ShardSet:
+        """Refuse: no trial training."""
+        self._refuse()
+
     def target_token_counts(self) -> Tensor:
         """Count every token of the target text; padding counts as the token it is filled with."""
         embedding: Any = self.structure
