@@ -92,8 +92,7 @@ class TokenLoss:
         Raises:
             ValueError: A label is outside the vocabulary, or the loss lacks a tensor.
         """
-        _, inside = label_check(labels, logits.shape[1])
-        require_labels(inside, labels, logits.shape[1])
+        target_rows(labels, logits.shape[1])
         result = _DirectLoss.apply(  # type: ignore[no-untyped-call]
             logits, labels, self, dict(extra or {}), torch.is_grad_enabled()
         )
@@ -117,33 +116,31 @@ class TokenLoss:
         return LossSums(*found.tolist())
 
 
-def label_check(
-    labels: Int64[Tensor, " N"], size: int
-) -> tuple[Bool[Tensor, " N"], Bool[Tensor, ""]]:
-    """Return which positions have a target, and whether all of those lie in the vocabulary.
+def target_rows(
+    labels: Int64[Tensor, " N"], size: int, *, check: bool = True
+) -> Int64[Tensor, " M"] | None:
+    """Return the positions that have a target, or None if all have; waits for the device once.
+
+    The only place where the loss looks at values on the host: a trace without values replaces it.
 
     Args:
         labels: Target ids.
         size: Tokens in the vocabulary.
+        check: Whether targets must lie in the vocabulary.
+
+    Raises:
+        ValueError: A label is outside the vocabulary.
     """
     keep = labels != IGNORE_INDEX
-    return keep, ((labels >= 0) & (labels < size) | ~keep).all()
-
-
-def require_labels(inside: Bool[Tensor, ""], labels: Int64[Tensor, " N"], size: int) -> None:
-    """Raise ValueError unless all labels lie in the vocabulary.
-
-    Args:
-        inside: Result of ``label_check``.
-        labels: Target ids.
-        size: Tokens in the vocabulary.
-    """
-    if not bool(inside):
-        bad = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= size))]
+    outside = keep & ((labels < 0) | (labels >= size))
+    everything, wrong = torch.stack([keep.all(), outside.any()]).tolist()
+    if check and wrong:
         raise ValueError(
-            f"label {int(bad[0])} is outside the vocabulary (0..{size - 1}, or {IGNORE_INDEX} for"
-            " no loss); the tokens were made with another tokenizer, or the head is too small"
+            f"label {int(labels[outside][0])} is outside the vocabulary (0..{size - 1}, or"
+            f" {IGNORE_INDEX} for no loss); the tokens were made with another tokenizer, or the"
+            " head is too small"
         )
+    return None if everything else keep.nonzero()[:, 0]
 
 
 @torch.no_grad()
@@ -410,14 +407,9 @@ def chunked_loss(
     if chunk_size <= 0:
         raise ValueError(f"chunk_size must be > 0, got {chunk_size}")
     known = isinstance(loss, TokenLoss)
-    keep, inside = label_check(labels, weight.shape[0])
     more = dict(extra or {})
-    # One wait for the device tells both.
-    everything, valid = torch.stack([keep.all(), inside]).tolist()
-    if known and not valid:
-        require_labels(inside, labels, weight.shape[0])
-    if not everything:
-        index = keep.nonzero()[:, 0]
+    index = target_rows(labels, weight.shape[0], check=known)
+    if index is not None:
         hidden, labels = hidden.index_select(0, index), labels.index_select(0, index)
         more = {name: value.index_select(0, index) for name, value in more.items()}
     grad = torch.is_grad_enabled()

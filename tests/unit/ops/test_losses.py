@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from forgetscale.ops import IGNORE_INDEX
+from forgetscale.ops import IGNORE_INDEX, chunked
 from forgetscale.ops.losses import (
     chunked_loss,
     cross_entropy,
+    make_loss,
     sample_labels,
     sampled_cross_entropy,
     token_scores,
@@ -207,3 +209,26 @@ class TestSampledLabels:
         loss = sampled_cross_entropy(numbers)
         found = chunked_loss(hidden, weight, places, loss, chunk_size=chunk_size)
         assert torch.allclose(found, cross_entropy(logits, drawn), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "eaft"])
+def test_runs_without_values(monkeypatch, kind: str):
+    """On fake tensors, which tell memory and operations of a pass, all positions are taken."""
+    monkeypatch.setattr(chunked, "target_rows", lambda labels, size, check: None)
+    with FakeTensorMode():
+        hidden, weight = (torch.empty(n, D, requires_grad=True) for n in (N, V))
+        loss = chunked_loss(hidden, weight, torch.zeros(N).long(), make_loss(kind), chunk_size=7)
+        loss.backward()
+    assert hidden.grad.shape == (N, D) and weight.grad.shape == (V, D)
+
+
+def test_positions_without_target_cost_no_product():
+    hidden = torch.full((6, D), torch.nan)
+    hidden[2:4] = 1.0
+    weight = torch.randn(V, D, requires_grad=True)
+    labels = torch.tensor([-100, -100, 3, 4, -100, -100])
+    hidden.requires_grad_()
+    loss = chunked_loss(hidden, weight, labels, cross_entropy, chunk_size=1)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(weight.grad).all()
+    assert (hidden.grad[[0, 1, 4, 5]] == 0).all() and (hidden.grad[2:4] != 0).any()
