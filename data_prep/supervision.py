@@ -44,7 +44,7 @@ class Span:
         message: Number of the message, first = 0.
         start: Where the answer begins, right behind the generation prompt.
         end: Where it ends, with its end-of-turn marker.
-        has_end: Whether an end-of-turn marker follows the content.
+        has_end: Whether an end-of-turn marker other than white space follows the content.
     """
 
     message: int
@@ -86,7 +86,7 @@ class SpanFinder:
             marker = self._end_of_turn(text, end, messages, number)
             if spans and start < spans[-1].end:
                 raise _unclear(number, "places it before the answer before it")
-            spans.append(Span(number, start, end + len(marker), bool(marker)))
+            spans.append(Span(number, start, end + len(marker), bool(marker.strip())))
         return text, spans
 
     def _refusing(self, render: Render, messages: Messages) -> str:
@@ -148,7 +148,7 @@ class SpanFinder:
                 shown = messages[: number + 1]
                 other = self._refusing(self._render, _replaced(shown, number))
                 tail = alone[len(alone) - _common_suffix(alone, other) :]
-                follows = os.path.commonprefix([tail, follows])
+                follows = _shared_beginning(follows, tail)
         places = [(follows.find(token), -len(token)) for token in self._special]
         found = [place for place in places if place[0] >= 0]
         if not found:
@@ -166,6 +166,18 @@ def _space_after(before: str, opening: str) -> int:
     space = len(before) - len(before.rstrip())
     shared = [_common_suffix(before[: len(before) - size], opening) for size in range(space + 1)]
     return shared.index(max(shared))
+
+
+def _shared_beginning(follows: str, tail: str) -> str:
+    """Return the beginning of ``follows`` that is ``tail``'s too.
+
+    White space before it may belong to the content in one and be stripped in the other.
+    """
+    bare = follows.lstrip()
+    shared = os.path.commonprefix([bare, tail.lstrip()])
+    if not shared:
+        return os.path.commonprefix([follows, tail])
+    return follows[: len(follows) - len(bare)] + shared
 
 
 def _replaced(messages: Messages, number: int) -> list[dict[str, str]]:

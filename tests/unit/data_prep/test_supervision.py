@@ -1,5 +1,6 @@
 """What is supervised reads back as the answers and their ends, for eight template families."""
 
+import json
 import shutil
 
 import pytest
@@ -14,7 +15,7 @@ from tests.unit.data_prep.families import FAMILIES, make_tokenizer
 
 TEXT = st.text(st.sampled_from("ab zé\n\t.禅🙂>[/")).filter(lambda text: text.strip())
 QUIET = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -115,6 +116,38 @@ def test_the_same_tokens_as_at_generation(encoders):
         assert family.end.strip() in encoder.tokenizer.decode(encoded.ids[encoded.supervised])
 
 
+def test_spaces_that_the_tokenizer_adds(encoders, tmp_path):
+    """Llama's first tokenizers put a space before each text, also after special tokens."""
+    folder = shutil.copytree(encoders["mistral-v3"].tokenizer.name_or_path, tmp_path / "old")
+    description = json.loads((folder / "tokenizer.json").read_text())
+    replace = description["normalizer"]
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    description["normalizer"] = {"type": "Sequence", "normalizers": [prepend, replace]}
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    template = FAMILIES["mistral-v3"].template.replace("{% else %} {{", "{% else %}{{")
+    (folder / "chat_template.jinja").write_text(template)
+    encoder = ChatEncoder(TokenizerSpec(folder))
+    for answer in ("禅 b", "b", " b"):
+        encoded = encoder(talk("a", answer))
+        prompt = encoder.tokenizer("<s>[INST]a[/INST]", add_special_tokens=False)["input_ids"]
+        assert encoded.ids[: len(prompt)].tolist() == prompt
+        assert encoded.supervised.tolist() == [n >= len(prompt) for n in range(len(encoded.ids))]
+        written = encoder.tokenizer.decode(encoded.ids[len(prompt) :])
+        assert written == f" {answer}</s>"
+
+
+def test_a_prompt_that_opens_a_thought_and_a_chat_that_drops_it(encoders, tmp_path):
+    """The generation prompt does not stand in the chat; the answer is what the template writes."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>"
+        "{{ m.content.split('</think>')[-1] }}<|im_end|>{% else %}{{ m.content }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|><think>\n{% endif %}"
+    )
+    encoder = variant(encoders, tmp_path, template)
+    found = supervised(encoder, talk("a", THOUGHT + "b", "c", "d"))
+    assert found == ["\n\nb<|im_end|>", "d<|im_end|>"]
+
+
 def variant(encoders, tmp_path, template, name="chatml"):
     """An encoder with another template."""
     folder = shutil.copytree(encoders[name].tokenizer.name_or_path, tmp_path / "variant")
@@ -128,6 +161,11 @@ def test_a_template_without_generation_prompt_keeps_its_header_out(encoders, tmp
     )
     encoder = variant(encoders, tmp_path, template)
     assert supervised(encoder, talk("a", "b", "b", "a")) == ["b<|im_end|>", "a<|im_end|>"]
+
+
+def test_white_space_that_only_earlier_answers_lose(encoders):
+    found = supervised(encoders["chatml-thinking"], talk("a", "\n> ", "c", "\n> "))
+    assert found == ["> <|im_end|>", "\n> <|im_end|>"]
 
 
 def test_what_a_template_writes_after_the_prompt_is_to_be_learnt(encoders, tmp_path):
@@ -146,6 +184,12 @@ def test_no_end_marker_is_counted(encoders, tmp_path):
     encoder = variant(encoders, tmp_path, template)
     (span,) = encoder(talk("a", "b")).spans
     assert not span.has_end
+
+
+def test_an_end_of_plain_text_is_learnt(encoders, tmp_path):
+    template = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\nDONE\n\n{% endfor %}"
+    encoder = variant(encoders, tmp_path, template)
+    assert supervised(encoder, talk("a", "b", "c", "d")) == ["b\nDONE\n\n", "d\nDONE\n\n"]
 
 
 @pytest.mark.parametrize(
