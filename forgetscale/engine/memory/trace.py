@@ -27,6 +27,7 @@ from forgetscale.models import (
     make_compact,
     parameters_on_meta,
 )
+from forgetscale.ops import chunked
 from forgetscale.ops.losses import LossFunction
 
 ACTIVATIONS, LOSS, BACKWARD = "activations", "loss", "backward"
@@ -263,13 +264,13 @@ def _wrap(model: Any, layout: CompactLayout | None, setting: Setting) -> CausalL
 
 
 @contextmanager
-def _known_documents(model: CausalLMWithLoss, setting: Setting) -> Iterator[None]:
-    """Tell attention what it would read from values, which fake tensors do not have.
+def _known_values(model: CausalLMWithLoss, setting: Setting) -> Iterator[None]:
+    """Tell attention and loss what they would read from values, which fake tensors do not have.
 
     ``transformers`` builds a whole mask where it cannot look whether positions restart. Here rows
-    are one text each, or get the mask of packed documents.
+    are one text each, or get the mask of packed documents. Every position has a target.
     """
-    original = masking_utils.find_packed_sequence_indices
+    original, target_rows = masking_utils.find_packed_sequence_indices, chunked.target_rows
     base = model.model.base_model
     eager = base.config._attn_implementation == "eager"
 
@@ -283,10 +284,12 @@ def _known_documents(model: CausalLMWithLoss, setting: Setting) -> Iterator[None
     if setting.document_mask:
         object.__setattr__(model, "hidden_states", hidden_states)
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    chunked.target_rows = lambda labels, size, *, check=True: None
     try:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = original
+        chunked.target_rows = target_rows
 
 
 def trace_micro_batch(
@@ -322,7 +325,7 @@ def _run(model: CausalLMWithLoss, setting: Setting, loss: LossFunction) -> Trace
     ids = torch.zeros(setting.rows, setting.block, dtype=torch.int64)
     known: Sequence[Tensor] = [*model.parameters(), *model.buffers(), ids]
     recorder.trace.buffer_bytes = sum(b.numel() * b.element_size() for b in model.buffers())
-    with _known_documents(model, setting), LiveBytes(recorder.label, known) as live:
+    with _known_values(model, setting), LiveBytes(recorder.label, known) as live:
         recorder.live = live
         value = model(ids, labels=ids, loss=loss)
         scaled = value * 1.0
