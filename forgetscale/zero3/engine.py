@@ -146,7 +146,8 @@ class ZeroEngine:
         """
         loss: Tensor = self._engine.module(*args, **kwargs)
         loss.backward()  # type: ignore[no-untyped-call]
-        self._engine.optimizer.release_backward_leftovers()
+        forward_only: Any = self._engine.optimizer
+        forward_only.release_backward_leftovers()
 
     def step(self, lr: float) -> float:
         """Clip, update, and return the norm of the unclipped gradient.

@@ -40,6 +40,7 @@ NAMES = {
         "optimizer",
         "persistent_parameters",
     ],
+    "forward_only": ["release_backward_leftovers"],
     "param": ["all_gather", "ds_numel", "ds_shape", "ds_status", "ds_tensor", "partition"]
     + ["partition_numel"],
     "comm": ["build_shm_op"],
@@ -50,6 +51,7 @@ OWNERS = {
     "optimizer": "optimizer",
     "self._optimizer": "optimizer",
     "self._engine.optimizer": "optimizer",
+    "forward_only": "forward_only",
     "param": "param",
     "item.param": "param",
     "persistent[0]": "param",

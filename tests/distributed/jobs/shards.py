@@ -21,7 +21,6 @@ from forgetscale.config.deepspeed import engine_config
 from forgetscale.engine.start import open_source, start_engine
 from forgetscale.errors import ForgetScaleError, NonFiniteError
 from forgetscale.masks import CompactLayout, FreezePlan
-from forgetscale.methods.sft import Sft
 from forgetscale.ops.losses import cross_entropy
 from forgetscale.zero3 import (
     DTYPES,
@@ -303,7 +302,6 @@ def not_finite(recipe: dict, where: str, step: int, rank: int) -> dict[str, Any]
     found: dict[str, Any] = {"changed": None}
     calls = {"step": 0}
     original_step, original_check = loop.train_step, ZeroShards.non_finite
-    original_loss = Sft.loss
 
     def snapshot(shards: ZeroShards) -> list[Tensor]:
         kept = [shards.master(i).clone() for i in shards.slices]
@@ -311,6 +309,8 @@ def not_finite(recipe: dict, where: str, step: int, rank: int) -> dict[str, Any]
 
     def train_step(job: Any, rows: Tensor, number: int) -> Any:
         calls["step"] = number
+        if where == "loss" and number == step and dist.get_rank() == rank:
+            job.method.loss = lambda logits, labels: cross_entropy(logits, labels) * math.nan
         before = snapshot(job.engine.shards)
         try:
             return original_step(job, rows, number)
@@ -320,11 +320,6 @@ def not_finite(recipe: dict, where: str, step: int, rank: int) -> dict[str, Any]
             found["changed"] = not same
             found["error"] = str(error)
             raise
-
-    def loss(self: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        value = original_loss(self, logits, labels)
-        bad = where == "loss" and calls["step"] == step and dist.get_rank() == rank
-        return value * math.nan if bad else value
 
     def non_finite(self: ZeroShards) -> str | None:
         if where != "loss" and calls["step"] == step and dist.get_rank() == rank:
@@ -339,7 +334,6 @@ def not_finite(recipe: dict, where: str, step: int, rank: int) -> dict[str, Any]
 
     with (
         mock.patch.object(loop, "train_step", train_step),
-        mock.patch.object(Sft, "loss", loss),
         mock.patch.object(ZeroShards, "non_finite", non_finite),
     ):
         with contextlib.suppress(NonFiniteError):
