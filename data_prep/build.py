@@ -42,7 +42,13 @@ from data_prep.team import MpiTeam, Pool, Team
 from data_prep.tokenise import DocumentOptions, TokenizeOptions
 from data_prep.tokenise_sft import TOO_LONG, ChatEncoder, SftOptions, sft_payload
 from data_prep.units import UNIT_BYTES
-from forgetscale.artifact import ArtifactWriter, canonical_json, hash_bytes, read_manifest
+from forgetscale.artifact import (
+    ArtifactWriter,
+    canonical_json,
+    hash_bytes,
+    read_manifest,
+    recorded_day,
+)
 from forgetscale.data import (
     BestFitPacker,
     ConcatPacker,
@@ -169,12 +175,14 @@ class _Job:
                 f"--chat needs a chat template, the tokenizer in {options.tokenizer} has none; use"
                 " the tokenizer of an instruct model."
             )
+        self.template_day: str | None = None
         self.end_token = end_token_id(tokenizer, options.document_end, options.tokenizer)
         self.pad_token = padding_token_id(tokenizer)
         self.vocab_size = vocabulary_size(tokenizer)
         evaluation, self.decontamination = index_evaluation(
             options.decontaminate, options.decontaminate_ngram, scratch.folder, options.read
         )
+        sft = self._sft()
         self.order = WorkOrder(
             folder=scratch.folder,
             run=scratch.run,
@@ -194,7 +202,7 @@ class _Job:
                 max_document_tokens=options.max_document_tokens,
                 min_document_tokens=options.min_document_tokens,
             ),
-            sft=self._sft(),
+            sft=sft,
             survey=options.needs_survey,
             near=options.deduplicate == "near",
             unit_bytes=_UNIT_BYTES,
@@ -207,9 +215,11 @@ class _Job:
         options = self.options
         if not options.sft:
             return None
-        spec = TokenizerSpec(options.tokenizer)
-        ChatEncoder(spec)  # refuses tokenizers that do not serve, before work is handed out
-        return SftOptions(spec, options.block_size, options.long, options.min_document_tokens)
+        spec, day = TokenizerSpec(options.tokenizer), recorded_day()
+        encoder = ChatEncoder(spec, day)  # refuses tokenizers that do not serve
+        self.template_day = day if encoder.uses_day else None
+        limit, least = options.block_size, options.min_document_tokens
+        return SftOptions(spec, limit, day, options.long, least)
 
     def _fence(self, template: str, evaluation: Path | None) -> str:
         """Return a hash of all that decides the result of a unit, beside its lines."""
@@ -220,6 +230,7 @@ class _Job:
             "tokenizer": self.tokenizer_sha256,
             "template": template if options.chat or options.sft else None,
             "row_tokens": options.block_size if options.sft else None,
+            "template_day": self.template_day,
             "end_token": self.end_token,
             "ngram": options.decontaminate_ngram,
             "evaluation": None if evaluation is None else evaluation.name,
@@ -356,7 +367,9 @@ class _Job:
     def _supervision(self, output: Output) -> dict[str, Any] | None:
         found = output.writer.supervision()
         if found is not None:
-            found |= sft_payload(self.options, self.ledger.counts, self.ledger.dropped)
+            found |= sft_payload(
+                self.options, self.template_day, self.ledger.counts, self.ledger.dropped
+            )
         return found
 
 

@@ -47,7 +47,8 @@ left out is counted by reason in the manifest and by `stats`. Lines that are no 
 rejects.jsonl (file, line, reason); the build fails if they are more than --max-reject-fraction.
 A stopped build goes on where it was when the same command is started again (finished units are
 kept in .NAME.work beside the output until it is published); the output is byte-identical for any
-number of processes and nodes. SOURCE_DATE_EPOCH fixes the time in the manifest.
+number of processes and nodes. SOURCE_DATE_EPOCH fixes the time in the manifest
+and, with --sft, the day that chat templates such as Llama 3.2's take for today.
 Escapes: MADLAD-400 writes line breaks as backslash + n; \\n, \\t, \\r and \\\\ are undone in one
 left-to-right pass over the text of records (--escapes keep turns this off); messages of chats and
 plain text files are never changed.

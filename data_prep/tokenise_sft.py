@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ from forgetscale.errors import ConfigError
 TOO_LONG = "longer than a row"
 """How the reason of a conversation begins that ``--long error`` does not accept."""
 TOO_LONG_DROPPED = "longer_than_a_row"
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +37,12 @@ class SftOptions:
         long: What becomes of longer conversations: ``drop``; ``truncate``: whole turns are left
             out at the end until it fits and still ends with a whole answer; ``error``.
         min_tokens: Shorter conversations are left out; None: none are.
+        day: ``YYYY-MM-DD`` that templates take for today.
     """
 
     tokenizer: TokenizerSpec
     max_tokens: int
+    day: str
     long: str = "drop"
     min_tokens: int | None = None
 
@@ -62,6 +68,11 @@ class Encoded:
     num_merged: int
 
 
+def fix_day(template: str, day: date) -> str:
+    """Return a chat template that takes ``day`` for today where it calls ``strftime_now``."""
+    return _TODAY.sub(lambda call: json.dumps(day.strftime(call[2])), template)
+
+
 class ChatEncoder:
     """Conversations to supervised tokens, by the tokenizer's own chat template.
 
@@ -69,13 +80,19 @@ class ChatEncoder:
 
     Args:
         spec: Which tokenizer.
+        day: ``YYYY-MM-DD`` that templates take for today, so that all processes and starts agree.
+
+    Attributes:
+        uses_day: Whether the template asks for the date.
 
     Raises:
-        ConfigError: It has no chat template, or cannot say which characters a token stands for.
+        ConfigError: It has no chat template, or one whose date cannot be fixed, or it cannot say
+            which characters a token stands for.
     """
 
-    def __init__(self, spec: TokenizerSpec) -> None:
+    def __init__(self, spec: TokenizerSpec, day: str) -> None:
         self.tokenizer = load_tokenizer(spec.path)
+        self.uses_day = False
         if not self.tokenizer.chat_template:
             raise ConfigError(
                 f"--sft needs a chat template, the tokenizer in {spec.path} has none; use the"
@@ -86,6 +103,15 @@ class ChatEncoder:
                 f"--sft needs a tokenizer with offsets, the one in {spec.path} is written in"
                 " Python; convert it to a tokenizer.json."
             )
+        if isinstance(self.tokenizer.chat_template, str):
+            template = fix_day(self.tokenizer.chat_template, date.fromisoformat(day))
+            if "strftime_now(" in template:
+                raise ConfigError(
+                    f"the chat template in {spec.path} asks for today's date in a form that is not"
+                    " given beforehand; write the date format into the call of strftime_now."
+                )
+            self.uses_day = template != self.tokenizer.chat_template
+            self.tokenizer.chat_template = template
         # It only shortens the offsets of tokens with white space: nothing is added to chats.
         self.tokenizer.backend_tokenizer.post_processor = None
         added = self.tokenizer.added_tokens_decoder.values()
@@ -151,7 +177,7 @@ class UnitSupervisor:
 
     def __init__(self, documents: DocumentOptions, options: SftOptions) -> None:
         self.reader = DocumentReader(documents)
-        self.encode = ChatEncoder(options.tokenizer)
+        self.encode = ChatEncoder(options.tokenizer, options.day)
         self._options = options
 
     @property
@@ -230,17 +256,19 @@ class UnitSupervisor:
 
 
 def sft_payload(
-    options: BuildOptions, counts: Counter[str], dropped: Counter[str]
+    options: BuildOptions, day: str | None, counts: Counter[str], dropped: Counter[str]
 ) -> dict[str, Any]:
     """Return what the manifest says about supervision, beside the number of tokens.
 
     Args:
         options: What was built.
+        day: Date in the rendered chats, if the template asks for it.
         counts: Of all units together.
         dropped: Conversations left out, by reason.
     """
     return {
         "format": options.format,
+        "template_day": day,
         "num_answers": counts["answers"],
         "num_answers_without_end": counts["answers_without_end"],
         "num_merged_starts": counts["merged_starts"],

@@ -119,6 +119,11 @@ def _seconds() -> float:
     return float(fixed) if fixed.isdigit() else time.time()
 
 
+def recorded_day() -> str:
+    """Return the day of that time, in UTC, as ``YYYY-MM-DD``."""
+    return time.strftime("%Y-%m-%d", time.gmtime(_seconds()))
+
+
 def provenance(recipe: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return what made an artefact: command, package versions, commit and resolved recipe."""
     made_by: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """SFT rows from files: formats, lengths, packing, masks in the set, bad input."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -156,6 +157,17 @@ def test_no_second_end_and_no_second_beginning(build, chats, tokenizer):
     text = tokenizer.apply_chat_template(CHATS[0]["messages"], tokenize=False)
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert token_set.payload["document_end"] == {"policy": "none", "token_id": None}
+
+
+def test_the_day_in_chats_is_recorded(build, chats, tmp_path, tokenizer_dir, monkeypatch):
+    folder = shutil.copytree(tokenizer_dir, tmp_path / "dated")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}" + template)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
+    token_set = TokenSet(build(chats, tokenizer=folder))
+    assert token_set.payload["supervision"]["template_day"] == "2001-09-09"
+    plain = TokenSet(build(chats, name="plain"))
+    assert plain.payload["supervision"]["template_day"] is None
 
 
 def long_chats():

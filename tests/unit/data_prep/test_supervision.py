@@ -14,6 +14,7 @@ from forgetscale.errors import ConfigError
 from tests.unit.data_prep.families import FAMILIES, make_tokenizer
 
 TEXT = st.text(st.sampled_from("ab zé\n\t.禅🙂>[/")).filter(lambda text: text.strip())
+DAY = "2024-07-26"
 QUIET = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -23,7 +24,7 @@ QUIET = settings(
 def encoders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("families")
     return {
-        name: ChatEncoder(TokenizerSpec(make_tokenizer(folder / name, family)))
+        name: ChatEncoder(TokenizerSpec(make_tokenizer(folder / name, family)), DAY)
         for name, family in FAMILIES.items()
     }
 
@@ -126,7 +127,7 @@ def test_spaces_that_the_tokenizer_adds(encoders, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(description))
     template = FAMILIES["mistral-v3"].template.replace("{% else %} {{", "{% else %}{{")
     (folder / "chat_template.jinja").write_text(template)
-    encoder = ChatEncoder(TokenizerSpec(folder))
+    encoder = ChatEncoder(TokenizerSpec(folder), DAY)
     for answer in ("禅 b", "b", " b"):
         encoded = encoder(talk("a", answer))
         prompt = encoder.tokenizer("<s>[INST]a[/INST]", add_special_tokens=False)["input_ids"]
@@ -152,7 +153,7 @@ def variant(encoders, tmp_path, template, name="chatml"):
     """An encoder with another template."""
     folder = shutil.copytree(encoders[name].tokenizer.name_or_path, tmp_path / "variant")
     (folder / "chat_template.jinja").write_text(template)
-    return ChatEncoder(TokenizerSpec(folder))
+    return ChatEncoder(TokenizerSpec(folder), DAY)
 
 
 def test_a_template_without_generation_prompt_keeps_its_header_out(encoders, tmp_path):
@@ -216,6 +217,16 @@ def test_roles_out_of_order_are_refused(encoders):
         encoders["gemma"](talk("a", "b", system="S"))
 
 
+def test_the_date_is_the_builds(encoders, tmp_path):
+    template = "{{ strftime_now('%d %b %Y') }}" + FAMILIES["chatml"].template
+    encoder = variant(encoders, tmp_path, template)
+    assert encoder.uses_day and not encoders["chatml"].uses_day
+    encoded = encoder(talk("a", "b"))
+    assert encoded.text.startswith("26 Jul 2024<|im_start|>user")
+    with pytest.raises(ConfigError, match="today's date in a form that is not"):
+        variant(encoders, tmp_path / "other", "{% set f = '%Y' %}{{ strftime_now(f) }}")
+
+
 def test_answers_of_a_prompt_are_context(encoders):
     messages = talk("a", "b", "c", "d")
     assert supervised(encoders["chatml"], messages, first=2) == ["d<|im_end|>"]
@@ -225,4 +236,4 @@ def test_tokenizers_that_do_not_serve(encoders, tmp_path):
     folder = shutil.copytree(encoders["chatml"].tokenizer.name_or_path, tmp_path / "bare")
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match="--sft needs a chat template"):
-        ChatEncoder(TokenizerSpec(folder))
+        ChatEncoder(TokenizerSpec(folder), DAY)
