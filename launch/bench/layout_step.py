@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import keep, make_model, make_tokens, spread
+from measure import keep, make_model, make_tokens, spread, training_recipe
 
-from forgetscale.config import Recipe, validate_recipe
+from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import open_stream
 from forgetscale.engine.loop import accumulate, micro_batches
@@ -51,26 +51,8 @@ def make_recipe(folder: Path, options: argparse.Namespace, layout: str) -> Recip
     method = {"kind": "ssu", "score": options.score, "layout": layout}
     if options.score in ("paper", "official"):
         method["calibration"] = calibration
-    return validate_recipe(
-        {
-            "run": {"name": "layout-step", "output_dir": str(folder / "run")},
-            "model": {
-                "path": str(folder / "model"),
-                "dtype": options.dtype,
-                "activation_checkpointing": options.checkpointing,
-            },
-            "data": {"path": str(folder / "tokens")},
-            "method": method,
-            "optim": {"lr": 1e-4, "schedule": "constant", "warmup_fraction": 0.0},
-            "train": {
-                "num_steps": options.steps,
-                "micro_batch_size": options.micro_batch_size,
-                "global_batch_size": options.global_batch_size,
-                "accumulation_dtype": options.accumulation_dtype,
-            },
-            "deepspeed": str(options.deepspeed),
-        }
-    )
+    batch_size = options.global_batch_size
+    return training_recipe(folder, "layout-step", method, options, batch_size)
 
 
 def one_step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
 from forgetscale.artifact import provenance, write_json
+from forgetscale.config import Recipe, validate_recipe
 from forgetscale.data import tokenizer_hash, write_token_set
 
 RESULTS = Path(__file__).parent / "results"
@@ -85,3 +87,37 @@ def make_tokens(directory: Path, model: Path, *, rows: int, block: int, vocab: i
         directory, ids, vocab_size=vocab, tokenizer_sha256=tokenizer_hash(model), num_text_bytes=1
     )
     return directory
+
+
+def training_recipe(
+    folder: Path, name: str, method: dict[str, Any], options: argparse.Namespace, batch_size: int
+) -> Recipe:
+    """Return a recipe over the model and tokens below ``folder``.
+
+    Args:
+        folder: Holds ``model/`` and ``tokens/``.
+        name: Name of the run.
+        method: Method section.
+        options: ``dtype, checkpointing, steps, micro_batch_size, accumulation_dtype, deepspeed``.
+        batch_size: Rows per step over all ranks.
+    """
+    return validate_recipe(
+        {
+            "run": {"name": name, "output_dir": str(folder / "run")},
+            "model": {
+                "path": str(folder / "model"),
+                "dtype": options.dtype,
+                "activation_checkpointing": options.checkpointing,
+            },
+            "data": {"path": str(folder / "tokens")},
+            "method": method,
+            "optim": {"lr": 1e-4, "schedule": "constant", "warmup_fraction": 0.0},
+            "train": {
+                "num_steps": options.steps,
+                "micro_batch_size": options.micro_batch_size,
+                "global_batch_size": batch_size,
+                "accumulation_dtype": options.accumulation_dtype,
+            },
+            "deepspeed": str(options.deepspeed),
+        }
+    )

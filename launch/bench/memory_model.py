@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import keep, make_model, make_tokens
+from measure import keep, make_model, make_tokens, training_recipe
 
-from forgetscale.config import Recipe, validate_recipe
+from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import open_stream
 from forgetscale.engine.dry_run import look_ahead
@@ -56,26 +56,8 @@ def make_recipe(folder: Path, options: argparse.Namespace) -> Recipe:
     if options.layout != "full":
         calibration = {"path": str(folder / "tokens"), "num_blocks": 2}
         method = {"kind": "ssu", "layout": options.layout, "calibration": calibration}
-    return validate_recipe(
-        {
-            "run": {"name": "memory-model", "output_dir": str(folder / "run")},
-            "model": {
-                "path": str(folder / "model"),
-                "dtype": options.dtype,
-                "activation_checkpointing": options.checkpointing,
-            },
-            "data": {"path": str(folder / "tokens")},
-            "method": method,
-            "optim": {"lr": 1e-4, "schedule": "constant", "warmup_fraction": 0.0},
-            "train": {
-                "num_steps": options.steps,
-                "micro_batch_size": options.micro_batch_size,
-                "global_batch_size": options.micro_batch_size * options.ranks,
-                "accumulation_dtype": options.accumulation_dtype,
-            },
-            "deepspeed": str(options.deepspeed),
-        }
-    )
+    batch_size = options.micro_batch_size * options.ranks
+    return training_recipe(folder, "memory-model", method, options, batch_size)
 
 
 def live_bytes() -> int:

@@ -5,6 +5,7 @@ Shape letters: B sequences, T positions, I input features.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -51,7 +52,7 @@ def run_pass(
             observer.close()
 
 
-class _InputObserver:
+class _InputObserver(ABC):
     """Pre-forward hooks on modules; modules that read the same tensor are seen once.
 
     The hooks stand before those of ZeRO-3, which hand each module another view of a shared input.
@@ -77,9 +78,9 @@ class _InputObserver:
         self.batch = batch
         self._seen.clear()
 
+    @abstractmethod
     def observe(self, name: str, x: Tensor, batch: Batch) -> None:
         """Take in the input ``[B, ..., I]`` of one module, shared by those it owns."""
-        raise NotImplementedError
 
     def _hook(self, name: str) -> Any:
         def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:

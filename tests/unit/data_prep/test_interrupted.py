@@ -18,7 +18,9 @@ from forgetscale.errors import ConfigError, ForgetScaleError
 
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 ENVIRONMENT = {"SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS": "1"}
-needs_mpi = pytest.mark.skipif(not MPIEXEC.exists(), reason="no mpiexec beside python; [mpi]")
+needs_mpi = pytest.mark.skipif(
+    not MPIEXEC.exists(), reason="no mpiexec beside python: pip install forgetscale[mpi]"
+)
 
 
 @pytest.fixture
