@@ -171,6 +171,45 @@ class TalrLossConfig:
         require(0 <= self.floor <= 1, f"floor must lie in [0, 1], got {self.floor}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConstantGateLossConfig:
+    """A control: cross-entropy times one number, the same for every token."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["constant_gate"]
+    mean_gate: float
+    """The number, in (0, 1]; for instance the mean of ``method/mean_gate`` in another run."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require_gate(self.mean_gate)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RandomGateLossConfig:
+    """A control: cross-entropy times a random number per token, fixed by ``run.seed`` and place."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["random_gate"]
+    mean_gate: float
+    """Mean of the numbers, in (0, 1]."""
+    form: Literal["power", "drop"] = "power"
+    """``power``: anywhere in [0, 1], as ``u^(1/mean_gate - 1)`` of a uniform ``u``; ``drop``: 1
+    for a share ``mean_gate`` of the tokens and 0 for the others."""
+    normalize: Literal["tokens", "weights"] = "tokens"
+    """What a step's sum is divided by: its target tokens, or the sum of weights."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require_gate(self.mean_gate)
+
+
+def _require_gate(mean_gate: float) -> None:
+    require(0 < mean_gate <= 1, f"mean_gate must lie in (0, 1], got {mean_gate}")
+
+
 LossConfig = Annotated[
     CrossEntropyLossConfig
     | EaftLossConfig
@@ -179,7 +218,9 @@ LossConfig = Annotated[
     | DeftLossConfig
     | FocalLossConfig
     | MileLossConfig
-    | TalrLossConfig,
+    | TalrLossConfig
+    | ConstantGateLossConfig
+    | RandomGateLossConfig,
     Discriminator("kind"),
 ]
 

@@ -14,9 +14,11 @@ from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import open_data, open_stream
 from forgetscale.engine.estimate import MemoryEstimate, estimate_memory, trace_recipe
+from forgetscale.engine.extras import open_extras
 from forgetscale.engine.flops import model_flops_per_token
-from forgetscale.engine.loop import accumulate, batches_of, count_targets
+from forgetscale.engine.loop import accumulate, count_targets
 from forgetscale.engine.metrics import memory_bytes
+from forgetscale.engine.micro_batches import batches_of
 from forgetscale.engine.run import num_train_steps
 from forgetscale.engine.stand_in import assume_plan
 from forgetscale.engine.start import open_source, plan_layout, start_engine
@@ -142,15 +144,17 @@ def mock_steps(recipe: Recipe, method: Method, world: World, plan: FreezePlan | 
         world_size=world.size,
         documents=mask,
     )
+    extras = open_extras(recipe, method.loss)
     count = accumulation_steps(recipe, world.size)
     loss_sum, seconds, num_targets = 0.0, 0.0, 1
     for _ in range(NUM_STEPS):
         rows = next(stream)
         start = time.perf_counter()
         size = recipe.train.micro_batch_size
-        batches = batches_of(rows, size=size, count=count, document_mask=mask)
+        extra = extras.of_rows(rows)
+        batches = batches_of(rows, size=size, count=count, document_mask=mask, extra=extra)
         num_targets = count_targets(batches, world)
-        loss_sum = float(accumulate(engine, method.loss, batches, num_targets))
+        loss_sum = float(accumulate(engine, method.loss, batches, num_targets, extras=extras))
         engine.shards.freeze(decay=0.0)
         engine.step(lr=0.0)
         seconds = time.perf_counter() - start

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from forgetscale.api import EDITS_GRADIENTS, EDITS_PARAMS, Method, overrides
@@ -16,12 +15,13 @@ from forgetscale.checkpoint import CheckpointStore, RunState
 from forgetscale.config import Recipe
 from forgetscale.data import StreamBatch, TokenStream
 from forgetscale.engine.audit import FreezeAudit
+from forgetscale.engine.extras import LossExtras
 from forgetscale.engine.metrics import MetricsLog, memory_bytes
+from forgetscale.engine.micro_batches import MicroBatch, batches_of
 from forgetscale.engine.step_loss import divide_by_weights, summarize_loss
 from forgetscale.engine.stop import StopRequest
 from forgetscale.errors import DataError, NonFiniteError, StoppedEarly
 from forgetscale.ops import IGNORE_INDEX
-from forgetscale.ops.documents import document_positions, packed_labels
 from forgetscale.ops.losses import LossFunction, LossRecord, LossSums
 from forgetscale.ops.schedule import learning_rate
 from forgetscale.progress import Progress
@@ -40,6 +40,7 @@ class Training:
     engine: ZeroEngine
     method: Method
     stream: TokenStream
+    extras: LossExtras
     store: CheckpointStore
     metrics: MetricsLog
     audit: FreezeAudit
@@ -64,82 +65,6 @@ class StepResult:
     method_metrics: Mapping[str, float]
 
 
-class MicroBatch(NamedTuple):
-    """What one forward pass of training gets."""
-
-    input_ids: Int64[Tensor, "B T"]
-    labels: Int64[Tensor, "B T"]
-    position_ids: Int64[Tensor, "B T"] | None = None
-    """Places that restart with each document; None: attention is not masked."""
-
-
-def micro_batches(
-    rows: Int64[Tensor, "rows T"],
-    size: int,
-    count: int,
-    skipped: Bool[Tensor, " rows"] | None = None,
-    doc_lens: Int64[Tensor, "rows pieces"] | None = None,
-    *,
-    document_mask: bool = False,
-    loss_mask: Bool[Tensor, "rows T"] | None = None,
-) -> Iterator[MicroBatch]:
-    """Cut a rank's rows into ``count`` micro-batches of ``size`` rows, the same on every rank.
-
-    Missing rows are filled with token 0 and carry no target, so that all ranks make the same
-    number of passes of the same shape whatever the division leaves.
-
-    Args:
-        rows: Token ids of this rank's share of the step.
-        size: Rows per micro-batch.
-        count: Micro-batches; ``count * size`` is at least the number of rows.
-        skipped: True for rows that carry no target; None for none.
-        doc_lens: Tokens of the document pieces of each row; None: rows without padding.
-        document_mask: Documents do not see each other; needs ``doc_lens``.
-        loss_mask: False at tokens that are no targets; None: SFT rows are not among the rows.
-
-    Yields:
-        Micro-batches of ``size`` rows; padding is no target.
-    """
-    assert rows.shape[0] <= size * count, (rows.shape, size, count)
-    assert doc_lens is not None or not document_mask
-    targets = rows
-    if doc_lens is not None:
-        targets = packed_labels(rows, doc_lens, document_mask=document_mask)
-    if loss_mask is not None:
-        targets = targets.masked_fill(~loss_mask, IGNORE_INDEX)
-    for start in range(0, size * count, size):
-        part = rows[start : start + size]
-        ids = rows.new_zeros(size, rows.shape[1])
-        labels = rows.new_full((size, rows.shape[1]), IGNORE_INDEX)
-        ids[: part.shape[0]] = part
-        labels[: part.shape[0]] = targets[start : start + size]
-        if skipped is not None:
-            labels[: part.shape[0]][skipped[start : start + size]] = IGNORE_INDEX
-        positions = None
-        if document_mask and doc_lens is not None:
-            positions = torch.arange(rows.shape[1]).repeat(size, 1)
-            lens = doc_lens[start : start + size]
-            positions[: part.shape[0]] = document_positions(lens, rows.shape[1])
-        yield MicroBatch(ids, labels, positions)
-
-
-def batches_of(
-    batch: StreamBatch, *, size: int, count: int, document_mask: bool
-) -> list[MicroBatch]:
-    """Return the micro-batches of this rank's share of a step; see ``micro_batches``."""
-    return list(
-        micro_batches(
-            batch.input_ids,
-            size,
-            count,
-            batch.skipped,
-            batch.doc_lens,
-            document_mask=document_mask,
-            loss_mask=batch.loss_mask,
-        )
-    )
-
-
 def count_targets(batches: Sequence[MicroBatch], world: World) -> int:
     """Return the target tokens of a step over all ranks. Collective: every rank must call it.
 
@@ -162,6 +87,7 @@ def accumulate(
     batches: Sequence[MicroBatch],
     num_targets: int,
     record: LossRecord | None = None,
+    extras: LossExtras | None = None,
 ) -> Tensor:
     """Run forward and backward over a step's micro-batches.
 
@@ -174,20 +100,23 @@ def accumulate(
         batches: This rank's micro-batches, as many as every other rank has.
         num_targets: Target tokens of the step over all ranks.
         record: Adds up what lies beside the loss.
+        extras: Where tensors come from that the loss needs beside logits and labels.
 
     Returns:
         This rank's summed loss, fp32. Collective: every rank must call it.
     """
     world = engine.world
     loss_sum = torch.zeros((), dtype=torch.float32, device=world.device)
-    for number, (ids, labels, positions) in enumerate(batches):
-        places = None if positions is None else positions.to(world.device)
+    for number, batch in enumerate(batches):
+        here = batch.to(world.device)
+        extra = here.extra if extras is None else {**here.extra, **extras.of_micro_batch(here)}
         loss = engine(
-            ids.to(world.device),
-            labels.to(world.device),
+            here.input_ids,
+            here.labels,
             loss_function,
-            position_ids=places,
+            position_ids=here.position_ids,
             record=record,
+            extra=extra,
         )
         loss_sum += loss.detach()
         engine.backward(loss * (world.size / num_targets), last=number == len(batches) - 1)
@@ -212,11 +141,12 @@ def train_step(job: Training, batch: StreamBatch, step: int) -> StepResult:
         size=recipe.train.micro_batch_size,
         count=job.num_micro_batches,
         document_mask=recipe.data.document_mask,
+        extra=job.extras.of_rows(batch),
     )
     num_targets = count_targets(batches, world)
 
     record = LossRecord()
-    loss_sum = accumulate(engine, job.method.loss, batches, num_targets, record)
+    loss_sum = accumulate(engine, job.method.loss, batches, num_targets, record, job.extras)
     shards = engine.shards
     divide_by_weights(engine, job.method.loss, record, num_targets)
     if overrides(job.method, EDITS_GRADIENTS):

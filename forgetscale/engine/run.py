@@ -25,6 +25,7 @@ from forgetscale.engine.data_state import (
     require_same_data,
     settle_run_skips,
 )
+from forgetscale.engine.extras import open_extras
 from forgetscale.engine.loop import Evaluate, Training, train_loop
 from forgetscale.engine.metrics import MetricsLog, RunLog
 from forgetscale.engine.plans import settle_plan
@@ -107,6 +108,7 @@ def train(
         engine=engine,
         method=method,
         stream=stream,
+        extras=open_extras(recipe, method.loss),
         store=store,
         metrics=metrics,
         audit=audit,

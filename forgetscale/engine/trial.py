@@ -9,7 +9,8 @@ import torch
 from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import TrainingData, open_stream
-from forgetscale.engine.loop import accumulate, batches_of, count_targets
+from forgetscale.engine.loop import accumulate, count_targets
+from forgetscale.engine.micro_batches import batches_of
 from forgetscale.errors import NonFiniteError
 from forgetscale.ops.losses import cross_entropy
 from forgetscale.progress import Progress

@@ -6,7 +6,7 @@ Shape letters: B sequences, T positions, N flattened positions, D model width, V
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -55,6 +55,7 @@ class LossHead(nn.Module):
         labels: Int64[Tensor, " N"],
         loss: LossFunction | None,
         record: LossRecord | None = None,
+        extra: Mapping[str, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the summed loss, or per-position scores when ``loss`` is None."""
         weight, rows = self._head()
@@ -69,6 +70,7 @@ class LossHead(nn.Module):
             trained_rows=rows,
             chunk_size=self.chunk_size,
             record=record,
+            extra=extra,
         )
 
 
@@ -145,6 +147,7 @@ class CausalLMWithLoss(nn.Module):
         mode: Literal["loss", "score", "body", "logits"] = "loss",
         position_ids: Int64[Tensor, "B T"] | None = None,
         record: LossRecord | None = None,
+        extra: Mapping[str, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run the model.
 
@@ -158,6 +161,8 @@ class CausalLMWithLoss(nn.Module):
                 hooks); ``logits`` the model's own logits (short inputs only).
             position_ids: See ``hidden_states``; not for ``mode="logits"``.
             record: Adds up the sums beside the loss, for ``mode="loss"``.
+            extra: ``[B, T, ...]`` by name, aligned with ``labels``: what the loss needs beside
+                logits and labels.
         """
         if mode == "logits":
             logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
@@ -172,7 +177,8 @@ class CausalLMWithLoss(nn.Module):
             nll, best = self.head(flat, targets.clamp_min(0), None)
             shape = (labels.shape[0], labels.shape[1] - 1)
             return nll.view(shape), best.view(shape)
-        value: Tensor = self.head(flat, targets, loss, record)
+        more = {name: item[:, 1:].flatten(0, 1) for name, item in (extra or {}).items()}
+        value: Tensor = self.head(flat, targets, loss, record, more)
         return value
 
 

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from forgetscale.ops.gates import Anchor, Gate, TokenStats, TokenTerms
 
+PER_ID = ("source_ids", "source_log_probs")
+"""Tensors with ``K`` numbers per position."""
+NEEDS = PER_ID
 Direction = Literal["forward", "reverse"]
 REST_NOISE = 1e-6
 """A rest of the source's probability below this is rounding of its log-probabilities."""
@@ -36,7 +39,7 @@ def kl_terms(stats: TokenStats, direction: Direction) -> tuple[Float[Tensor, " N
     Raises:
         ValueError: The two tensors are missing.
     """
-    ids, log_q = stats.extra("source_ids"), stats.extra("source_log_probs")
+    ids, log_q = stats.extra("source_ids").long(), stats.extra("source_log_probs")
     log_q = log_q.to(stats.log_probs.dtype)
     q, log_p = log_q.exp(), stats.log_probs.gather(1, ids)
     p = log_p.exp()

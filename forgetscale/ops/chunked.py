@@ -72,6 +72,8 @@ class TokenLoss:
     are counted over all ranks and micro-batches of the step."""
     gates: bool = True
     """Tokens count differently, so that the mean weight is worth reporting."""
+    needs: tuple[str, ...] = ()
+    """Names of the tensors per position (``extra``) without which it cannot be computed."""
 
     def __call__(
         self,

@@ -294,6 +294,38 @@ def talr(*, tau: float, floor: float = 0.01) -> Gate:
     return gate
 
 
+def constant_gate(*, mean_gate: float) -> Gate:
+    """Return the same weight for every token: a control for what smaller steps do by themselves.
+
+    Args:
+        mean_gate: The weight, in (0, 1]; for instance ``method/mean_gate`` of the run it controls.
+    """
+    _require(0 < mean_gate <= 1, f"mean_gate must lie in (0, 1], got {mean_gate}")
+    return lambda stats: weighted(stats, torch.full_like(stats.log_prob, mean_gate))
+
+
+def random_gate(*, mean_gate: float, form: Literal["power", "drop"] = "power") -> Gate:
+    """Return weights drawn at random: a control for what an uneven gate does by itself.
+
+    With ``u`` the position's ``noise`` in [0, 1): ``u^(1/m - 1)``, which has the mean ``m`` and
+    lies anywhere in [0, 1] (power), or 1 with probability ``m`` and else 0 (drop).
+
+    Args:
+        mean_gate: Mean weight ``m``, in (0, 1].
+        form: Distribution of the weight.
+    """
+    _require(0 < mean_gate <= 1, f"mean_gate must lie in (0, 1], got {mean_gate}")
+    _require(form in ("power", "drop"), f"form must be power or drop, got {form!r}")
+
+    def gate(stats: TokenStats) -> TokenTerms:
+        noise = stats.extra("noise").to(stats.log_prob)
+        if form == "drop":
+            return weighted(stats, (noise < mean_gate).to(noise.dtype))
+        return weighted(stats, noise.pow(1 / mean_gate - 1))
+
+    return gate
+
+
 def flow() -> Gate:
     """Return a weight given per position (``sequence_weight``), fixed before training.
 
@@ -351,3 +383,5 @@ class Form:
     make: Callable[..., Gate]
     gates: bool = True
     """Tokens count differently, so that the mean weight is worth reporting."""
+    needs: tuple[str, ...] = ()
+    """Tensors per position that its gate asks for by ``TokenStats.extra``."""

@@ -54,14 +54,16 @@ FORMS: Mapping[str, Form] = {
     "focal": Form(gates.focal),
     "mile": Form(gates.mile),
     "talr": Form(gates.talr),
-    "flow": Form(gates.flow),
-    "iw_sft": Form(gates.iw_sft),
-    "psft": Form(gates.psft),
-    "kl": Form(anchors.kl, gates=False),
-    "sft_kl": Form(anchors.sft_kl, gates=False),
-    "asft": Form(anchors.asft),
+    "constant_gate": Form(gates.constant_gate),
+    "random_gate": Form(gates.random_gate, needs=("noise",)),
+    "flow": Form(gates.flow, needs=("sequence_weight",)),
+    "iw_sft": Form(gates.iw_sft, needs=("reference_log_prob",)),
+    "psft": Form(gates.psft, needs=("old_log_prob",)),
+    "kl": Form(anchors.kl, gates=False, needs=anchors.NEEDS),
+    "sft_kl": Form(anchors.sft_kl, gates=False, needs=anchors.NEEDS),
+    "asft": Form(anchors.asft, needs=anchors.NEEDS),
 }
-"""Kind -> how its gate is made. The last six need more tensors per position (``extra``)."""
+"""Kind -> how its gate is made."""
 
 
 def make_loss(
@@ -80,7 +82,7 @@ def make_loss(
     if kind not in FORMS:
         raise ValueError(f"loss must be one of {', '.join(FORMS)}, got {kind!r}")
     form = FORMS[kind]
-    return TokenLoss(form.make(**options), normalize, form.gates)
+    return TokenLoss(form.make(**options), normalize, form.gates, form.needs)
 
 
 cross_entropy = make_loss("cross_entropy")

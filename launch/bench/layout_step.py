@@ -25,8 +25,9 @@ from measure import keep, make_model, make_tokens, spread, training_recipe
 from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import open_stream
-from forgetscale.engine.loop import accumulate, micro_batches
+from forgetscale.engine.loop import accumulate
 from forgetscale.engine.metrics import RunLog, memory_bytes
+from forgetscale.engine.micro_batches import micro_batches
 from forgetscale.engine.plans import make_plan
 from forgetscale.engine.start import SourceModel, open_source, start_engine
 from forgetscale.masks import FreezePlan

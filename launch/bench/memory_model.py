@@ -36,8 +36,9 @@ from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import open_stream
 from forgetscale.engine.dry_run import look_ahead
-from forgetscale.engine.loop import accumulate, micro_batches
+from forgetscale.engine.loop import accumulate
 from forgetscale.engine.metrics import RunLog
+from forgetscale.engine.micro_batches import micro_batches
 from forgetscale.engine.plans import make_plan, write_plan
 from forgetscale.engine.start import open_source, start_engine
 from forgetscale.masks import load_plan

@@ -57,6 +57,30 @@ def test_cut_of_the_step(runs: Runs, method: dict, micro: int, chunk: int, size:
     assert_same(runs.get(method, size, **changes), runs.get(method, 1))
 
 
+RANDOM = {**SSU, "loss": {"kind": "random_gate", "mean_gate": 0.4, "normalize": "weights"}}
+
+
+@pytest.mark.parametrize(("micro", "size"), [(1, 2), (3, 3), (7, 1)])
+def test_random_gate_belongs_to_the_token(runs: Runs, micro: int, size: int):
+    assert_same(runs.get(RANDOM, size, train__micro_batch_size=micro), runs.get(RANDOM, 1))
+
+
+def test_random_gate_has_its_mean_and_follows_the_seed(runs: Runs):
+    run, other = runs.get(RANDOM, 1), runs.get(RANDOM, 1, run__seed=4)
+    gates = [line["method/mean_gate"] for line in run.metrics]
+    # 161 targets a step: the mean of 966 weights with a deviation of 0.33.
+    assert sum(gates) / len(gates) == pytest.approx(0.4, abs=0.05)
+    assert gates[0] != [line["method/mean_gate"] for line in other.metrics][0]
+
+
+def test_constant_gate_is_cross_entropy_times_a_number(runs: Runs):
+    plain = runs.get("sft", 1)
+    run = runs.get({"kind": "sft", "loss": {"kind": "constant_gate", "mean_gate": 0.25}}, 2)
+    assert run.losses[0] == pytest.approx(0.25 * plain.losses[0], rel=1e-6)
+    assert run.metrics[0]["grad_norm"] == pytest.approx(0.25 * plain.metrics[0]["grad_norm"])
+    assert run.metrics[0]["method/cross_entropy"] == pytest.approx(plain.losses[0], rel=1e-6)
+
+
 def test_power_0_is_plain_training_bit_for_bit(runs: Runs):
     plain = runs.get("ssu", 2)
     run = runs.get({**SSU, "loss": {"kind": "eaft", "alpha": 0}}, 2)

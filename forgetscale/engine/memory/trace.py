@@ -27,8 +27,8 @@ from forgetscale.models import (
     make_compact,
     parameters_on_meta,
 )
-from forgetscale.ops import chunked
-from forgetscale.ops.losses import LossFunction
+from forgetscale.ops import anchors, chunked
+from forgetscale.ops.losses import LossFunction, TokenLoss
 
 ACTIVATIONS, LOSS, BACKWARD = "activations", "loss", "backward"
 
@@ -59,6 +59,8 @@ class Setting:
     """Number of ranks."""
     gloo: bool
     """Ranks talk through gloo, which copies what it reduces (NCCL does not)."""
+    reference_ids: int = 1
+    """Tokens per position that a loss gets of a reference model."""
 
 
 @dataclass(slots=True)
@@ -315,6 +317,16 @@ def trace_micro_batch(
         config._attn_implementation = asked
 
 
+def _stand_in_extra(loss: LossFunction, setting: Setting) -> dict[str, Tensor]:
+    """Return tensors of the shapes of those that the loss needs beside logits and labels."""
+    found = {}
+    for name in loss.needs if isinstance(loss, TokenLoss) else ():
+        per_id = (setting.reference_ids,) if name in anchors.PER_ID else ()
+        dtype = torch.int32 if name == "source_ids" else torch.float32
+        found[name] = torch.zeros(setting.rows, setting.block, *per_id, dtype=dtype)
+    return found
+
+
 def _run(model: CausalLMWithLoss, setting: Setting, loss: LossFunction) -> Trace:
     recorder = _Recorder(model, model.head)
     bucket = _Bucket(setting)
@@ -323,11 +335,12 @@ def _run(model: CausalLMWithLoss, setting: Setting, loss: LossFunction) -> Trace
         if param.requires_grad:
             param.register_post_accumulate_grad_hook(bucket.add)
     ids = torch.zeros(setting.rows, setting.block, dtype=torch.int64)
-    known: Sequence[Tensor] = [*model.parameters(), *model.buffers(), ids]
+    extra = _stand_in_extra(loss, setting)
+    known: Sequence[Tensor] = [*model.parameters(), *model.buffers(), ids, *extra.values()]
     recorder.trace.buffer_bytes = sum(b.numel() * b.element_size() for b in model.buffers())
     with _known_values(model, setting), LiveBytes(recorder.label, known) as live:
         recorder.live = live
-        value = model(ids, labels=ids, loss=loss)
+        value = model(ids, labels=ids, loss=loss, extra=extra)
         scaled = value * 1.0
         del value
         scaled.backward()

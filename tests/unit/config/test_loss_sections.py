@@ -92,12 +92,28 @@ class TestShorthand:
         ({"kind": "sft", "loss": {"kind": "dtf"}}, "; nearest: dft."),
         (
             {"kind": "sft", "loss": {"alpha": 2}},
-            "method.loss.kind is missing; expected one of cross_entropy, deft, dft, eaft, focal,",
+            "method.loss.kind is missing; expected one of constant_gate, cross_entropy, deft,",
         ),
         ({"kind": "sft", "loss": ["eaft", "dft"]}, "method.loss is ['eaft', 'dft']: "),
         ({"kind": "sft", "loss": "eaft"}, "method.loss is 'eaft': "),
         ({"kind": "sft", "loss": {"kind": "talr"}}, "method.loss.tau is missing; add it to the"),
         ({"kind": "sft", "loss": {"kind": "talr", "tau": 0}}, "method.loss: tau must be > 0, got"),
+        (
+            {"kind": "sft", "loss": {"kind": "constant_gate"}},
+            "method.loss.mean_gate is missing; add it to the",
+        ),
+        (
+            {"kind": "sft", "loss": {"kind": "constant_gate", "mean_gate": 0}},
+            "method.loss: mean_gate must lie in (0, 1], got 0",
+        ),
+        (
+            {"kind": "sft", "loss": {"kind": "random_gate", "mean_gate": 1.5}},
+            "method.loss: mean_gate must lie in (0, 1], got 1.5",
+        ),
+        (
+            {"kind": "sft", "loss": {"kind": "random_gate", "mean_gate": 0.5, "form": "gauss"}},
+            "method.loss.form is 'gauss', expected one of power, drop",
+        ),
         ({"kind": "eaft", "alpha": -1}, "method.loss: alpha must be >= 0, got -1.0."),
         ({"kind": "eaft", "top_k": 1}, "method.loss: top_k must be >= 2, got 1."),
         ({"kind": "eaft", "top_k": 2.5}, "method.loss.top_k is 2.5: input should be a valid int"),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forgetscale.data import calibration_rows
-from forgetscale.engine.loop import micro_batches
+from forgetscale.engine.micro_batches import micro_batches
 from forgetscale.ops import IGNORE_INDEX
 
 
@@ -19,8 +19,8 @@ def test_every_row_once_and_fillers_without_target(rows: int, size: int, spare: 
     found = list(micro_batches(ids, size, count))
     assert len(found) == count
     real = []
-    for input_ids, labels, positions in found:
-        assert positions is None
+    for input_ids, labels, positions, extra in found:
+        assert positions is None and extra == {}
         assert input_ids.shape == labels.shape == (size, 4)
         is_real = (labels != IGNORE_INDEX).all(1)
         assert torch.equal(input_ids[is_real], labels[is_real])

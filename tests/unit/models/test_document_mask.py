@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, modeling_flash_attention_utils
 
-from forgetscale.engine.loop import micro_batches
+from forgetscale.engine.micro_batches import micro_batches
 from forgetscale.errors import ConfigError
 from forgetscale.models import CausalLMWithLoss, check_document_mask
 from forgetscale.ops import IGNORE_INDEX

@@ -170,6 +170,7 @@ def case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, dict[str, 
     largest = source.topk(K, -1)
     near = logits.double().log_softmax(-1).gather(1, labels.clamp_min(0)[:, None])[:, 0]
     extra = {
+        "noise": torch.rand(N, generator=generator),
         "sequence_weight": torch.rand(N, generator=generator),
         "reference_log_prob": near + 0.5 * torch.randn(N, generator=generator),
         "old_log_prob": near + 0.3 * torch.randn(N, generator=generator),
@@ -228,6 +229,12 @@ def dense(kind: str, logits: Tensor, labels: Tensor, extra: dict, **o) -> Tensor
         value = -((o.get("sigma", 1.0) + entropy) ** o.get("gamma", 1.0)) * ll
     elif kind == "talr":
         value = -(fixed.clamp_min(1e-6) ** (1 / o["tau"])).clamp_min(o.get("floor", 0.01)) * ll
+    elif kind == "constant_gate":
+        value = -o["mean_gate"] * ll
+    elif kind == "random_gate":
+        noise, mean = extra["noise"].double(), o["mean_gate"]
+        gate = (noise < mean).double() if o.get("form") == "drop" else noise ** (1 / mean - 1)
+        value = -gate * ll
     elif kind == "flow":
         value = -extra["sequence_weight"].double() * ll
     elif kind == "iw_sft":
@@ -261,6 +268,9 @@ SETTINGS = [
     ("focal", {"gamma": 3.0, "detached": True}),
     ("mile", {"sigma": 0.5, "gamma": 1.5}),
     ("talr", {"tau": 2.0}),
+    ("constant_gate", {"mean_gate": 0.35}),
+    ("random_gate", {"mean_gate": 0.35}),
+    ("random_gate", {"mean_gate": 0.6, "form": "drop"}),
     ("flow", {}),
     ("iw_sft", {}),
     ("psft", {}),
@@ -344,6 +354,9 @@ def test_other_neutral_settings():
     for kind, options in [
         ("focal", {"gamma": 0.0}),
         ("talr", {"tau": 1e9}),
+        ("constant_gate", {"mean_gate": 1.0}),
+        ("random_gate", {"mean_gate": 1.0}),
+        ("random_gate", {"mean_gate": 1.0, "form": "drop"}),
         ("flow", {}),
         ("sft_kl", {"factor": 0.0}),
         ("mile", {"gamma": 0.0}),
