@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import statistics
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,50 +15,16 @@ import yaml
 
 from forgetscale.artifact import read_manifest, write_json
 from forgetscale.cli.stages import Terminal, forgetscale_command, run_stage
-from forgetscale.config import DATA_SCORES, validate_recipe
+from forgetscale.cli.studies import Inputs, Study
+from forgetscale.config import validate_recipe
 from forgetscale.engine import check_run_folder
 from forgetscale.errors import ConfigError, DataError
 from forgetscale.testbed import ensure_world
 
-METHOD_NAMES = (
-    "sft",
-    "hft",
-    "ssu/paper",
-    "ssu/paper+shield",
-    "ssu/paper@0.7",
-    "ssu/paper@0.7+shield",
-    "ssu/forgetscale",
-    "ssu/forgetscale+shield",
-    "ssu/official",
-    "ssu/mag_l1",
-    "ssu/mag_l2",
-    "ssu/mag_l2+shield",
-    "ssu/rand",
-    "ssu/fisher",
-    "ssu/sgpt_true",
-    "ssu/sgpt_official",
-    "ssu/paper/row",
-    "ssu/paper/element",
-    "ssu/paper/element-global",
-    "ssu/official/row",
-    "ssu/official/element",
-    "ssu/rand/row",
-    "ssu/rand/element",
-    "gmt",
-    "lota",
-    "s2ft",
-)
-DEFAULT_METHODS = ("sft", "ssu/rand", "ssu/paper")
 BLOCK_SIZE = 64
 SOURCE_STEPS = 1200
 SOURCE_LR = 5e-3
-TARGET_STEPS = 600
-TARGET_LR = 3e-4
 BATCH_SIZE = 16
-CHAT_TASKS = ("recall", "compliance", "refusal", "over_refusal", "target_recall", "code_mixing")
-TASKS = ("perplexity/source", "perplexity/target", *CHAT_TASKS)
-LIVE_TASKS = ("perplexity/source", "perplexity/target", "recall")
-CURVE_STEPS = 40
 DS_CONFIG = {
     "zero_optimization": {
         "stage": 3,
@@ -65,40 +34,6 @@ DS_CONFIG = {
         "stage3_param_persistence_threshold": 100_000,
     }
 }
-
-
-def method_section(name: str, calibration: Path) -> dict[str, Any]:
-    """Return the recipe's method section for a name such as ``ssu/paper`` or ``ssu/paper+shield``.
-
-    ``ssu/paper/row`` names another axis than columns, ``element-global`` one ranking of all
-    matrices; ``@0.7`` freezes that share of columns instead of one half; ``+shield`` also freezes
-    the embedding and head rows of tokens the target text never uses.
-    """
-    kind, _, rule = name.partition("/")
-    if kind == "lota":
-        return {"kind": kind, "trial_lr": TARGET_LR}
-    if kind != "ssu":
-        return {"kind": kind}
-    rule, _, shield = rule.partition("+")
-    rule, _, fraction = rule.partition("@")
-    score, _, direction = rule.partition("/")
-    axis, _, scope = direction.partition("-")
-    section: dict[str, Any] = {
-        "kind": "ssu",
-        "frozen_fraction": float(fraction or 0.5),
-        "score": score,
-    }
-    if axis:
-        section |= {"axis": axis, "scope": scope or "tensor"}
-    if score in DATA_SCORES:
-        section["calibration"] = {
-            "path": str(calibration),
-            "num_blocks": 500,
-            "micro_batch_size": 4,
-        }
-    if shield:
-        section["shield_rows"] = {"rule": "unused_in_target", "min_count": 1}
-    return section
 
 
 @dataclass(slots=True)
@@ -112,6 +47,7 @@ class Miniature:
         threads: Threads per process.
         terminal: Where progress is shown.
         ds_config: DeepSpeed JSON; None writes a small one.
+        study: What the world is asked.
     """
 
     output: Path
@@ -120,6 +56,8 @@ class Miniature:
     threads: int
     terminal: Terminal
     ds_config: Path | None
+    study: Study
+    _locks: dict[str, threading.Lock] = field(default_factory=dict, init=False)
     _world: Path | None = field(default=None, init=False)
 
     @property
@@ -158,16 +96,28 @@ class Miniature:
             if not self.ds_config.is_file():
                 write_json(self.ds_config, DS_CONFIG)
         text, chat = self.world / "text", self.world / "chat"
-        self._build("calibration", [chat / "calibration.jsonl"], chat=True)
-        self._build("target", [text / "data" / "tgt"])
-        self._build("source", [chat / "train.jsonl"], chat=True)
-        self._build("tasks/perplexity/source", [text / "heldout" / "src.jsonl"])
-        self._build("tasks/perplexity/target", [text / "heldout" / "tgt.jsonl"])
-        tasks = self.folder / "tasks"
-        for path in [*(self.world / "tasks").glob("*.jsonl"), self.world / "vocabulary.json"]:
-            shutil.copyfile(path, tasks / path.name)
+        self._build("tokens/calibration", [chat / "calibration.jsonl"], "--chat")
+        self._build("tokens/source", [chat / "train.jsonl"], "--chat")
+        tasks = self.tasks.relative_to(self.folder)
+        self._build(f"{tasks}/perplexity/source", [text / "heldout" / "src.jsonl"])
+        if self.study.data is None:
+            self._build("tokens/target", [text / "data" / "tgt"])
+            self._build(f"{tasks}/perplexity/target", [text / "heldout" / "tgt.jsonl"])
+            questions = self.world / "tasks"
+        else:
+            sft = self.world / "sft"
+            self._build(f"tokens/{self.study.data}", [sft / f"{self.study.data}.jsonl"], "--sft")
+            self._build(f"{tasks}/perplexity/target", [sft / "heldout.jsonl"], "--sft")
+            questions = sft / "tasks"
+        for path in [*questions.glob("*.jsonl"), self.world / "vocabulary.json"]:
+            shutil.copyfile(path, self.tasks / path.name)
         self._train("source", self._source_recipe())
         self._evaluate_source()
+
+    @property
+    def tasks(self) -> Path:
+        """Folder of the study's tasks."""
+        return self.folder / f"{self.study.prefix}tasks"
 
     @property
     def source_model(self) -> Path:
@@ -175,14 +125,24 @@ class Miniature:
         return self.folder / "source" / "export"
 
     def adapt(self, method: str) -> Path:
-        """Adapt the source model to the target language; return the run folder."""
-        name = method.replace("/", "-")
-        recipe = self._target_recipe(name, method)
-        before = Path(recipe["run"]["output_dir"]) / "results" / "source"
-        if not before.exists():
-            before.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(self.folder / "source-results", before)
-        return self._train(name, recipe)
+        """Adapt the source model; return the run folder."""
+        with self._locks.setdefault(method, threading.Lock()):
+            name = self.study.prefix + method.replace("/", "-")
+            recipe = self._target_recipe(name, method)
+            before = Path(recipe["run"]["output_dir"]) / "results" / "source"
+            if not before.exists():
+                before.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copytree(self._source_results, before)
+            return self._train(name, recipe)
+
+    def _mean_gate(self) -> float:
+        """Return the mean weight of a token over the steps of this world's ``eaft`` run."""
+        with (self.adapt("eaft") / "metrics.jsonl").open(encoding="utf-8") as file:
+            return statistics.fmean(json.loads(line)["method/mean_gate"] for line in file)
+
+    @property
+    def _source_results(self) -> Path:
+        return self.folder / f"{self.study.prefix}source-results"
 
     # ---- stages -------------------------------------------------------------------------
 
@@ -196,16 +156,15 @@ class Miniature:
             return False
         return True
 
-    def _build(self, name: str, inputs: list[Path], *, chat: bool = False) -> None:
-        folder = "tokens" if not name.startswith("tasks/") else "."
-        output = self.folder / folder / name
+    def _build(self, name: str, inputs: list[Path], *flags: str) -> None:
+        output = self.folder / name
         if self._exists(output, "token_set"):
             return
         command = [sys.executable, "-m", "data_prep", "build"]
         command += ["--input", *map(str, inputs), "--output", str(output)]
         command += ["--tokenizer", str(self.world / "tokenizer"), "--block-size", str(BLOCK_SIZE)]
-        command += ["--num-processes", "1", *(["--chat"] if chat else [])]
-        label = f"seed {self.seed}: tokens of {name.removeprefix('tasks/')}"
+        command += ["--num-processes", "1", *flags]
+        label = f"seed {self.seed}: {name}"
         run_stage(label, command, self._log(f"build-{name}"), self.terminal, threads=self.threads)
 
     def _train(self, name: str, recipe: dict[str, Any]) -> Path:
@@ -226,14 +185,14 @@ class Miniature:
         return run_dir
 
     def _evaluate_source(self) -> None:
-        output = self.folder / "source-results"
+        output = self._source_results
         if self._exists(output, "result"):
             return
         arguments = ["evaluate", "--model", str(self.source_model), "--output", str(output)]
-        arguments += ["--task-dir", str(self.folder / "tasks"), "--tasks", *TASKS]
+        arguments += ["--task-dir", str(self.tasks), "--tasks", *self.study.tasks]
         command = forgetscale_command(arguments, self.ranks)
         label = f"seed {self.seed}: measure the source model"
-        run_stage(label, command, self._log("source-results"), self.terminal, threads=self.threads)
+        run_stage(label, command, self._log(output.name), self.terminal, threads=self.threads)
 
     # ---- recipes ------------------------------------------------------------------------
 
@@ -265,18 +224,23 @@ class Miniature:
         return recipe
 
     def _target_recipe(self, name: str, method: str) -> dict[str, Any]:
-        recipe = self._common(name, TARGET_STEPS, TARGET_LR)
+        study = self.study
+        recipe = self._common(name, study.num_steps, study.lr)
+        recipe["run"]["label"] = method
         recipe["model"] = {"path": str(self.source_model), "dtype": "float32"}
         recipe["data"] = {
-            "path": str(self.folder / "tokens" / "target"),
+            "kind": "tokens" if study.data is None else "sft",
+            "path": str(self.folder / "tokens" / (study.data or "target")),
             "shuffle_seed": self.seed,
         }
-        recipe["method"] = method_section(method, self.folder / "tokens" / "calibration")
         recipe["evaluate"] = {
-            "tasks": list(TASKS),
-            "live_tasks": list(LIVE_TASKS),
-            "task_dir": str(self.folder / "tasks"),
-            "every_steps": CURVE_STEPS,
+            "tasks": list(study.tasks),
+            "live_tasks": list(study.live_tasks),
+            "task_dir": str(self.tasks),
+            "every_steps": study.curve_steps,
             "batch_size": 32,
         }
+        inputs = Inputs(self.folder / "tokens" / "calibration", self._mean_gate)
+        for section, values in study.sections(method, inputs).items():
+            recipe[section] = recipe.get(section, {}) | values
         return recipe

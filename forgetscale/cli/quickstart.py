@@ -1,9 +1,12 @@
 """The main job in miniature: a model learns a language, and you see what it forgets.
 
 Builds a small world from a seed (two made-up languages, facts, instructions, refusals), trains a
-tiny instruct model on the source side, adapts it to the target language once per method through
-DeepSpeed ZeRO-3, and writes report.html. Needs no network and no GPU. Finished parts are kept: the
-same command goes on where it stopped.
+tiny instruct model on the source side, adapts it once per method through DeepSpeed ZeRO-3, and
+writes report.html. Needs no network and no GPU. Finished parts are kept: the same command goes on
+where it stopped.
+
+Other studies of the same world: --study conflicts fine-tunes on a task whose data contradict facts
+the model knows.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from forgetscale.cli.miniature import DEFAULT_METHODS, METHOD_NAMES, Miniature
+from forgetscale.cli.miniature import Miniature
 from forgetscale.cli.stages import Terminal
+from forgetscale.cli.studies import STUDIES
 from forgetscale.errors import ConfigError
 from forgetscale.evaluation.report import build_report
 
@@ -22,6 +26,7 @@ EXAMPLES = """examples:
   forgetscale quickstart
   forgetscale quickstart --methods sft ssu/paper hft --seeds 3 --output runs/three-seeds
   forgetscale quickstart --seeds 7 8 9 --ranks 1 --jobs 2       two runs side by side
+  forgetscale quickstart --study conflicts --methods sft eaft dft --seeds 3
 
 --seeds 3 means the seeds 1, 2 and 3; a list of several numbers names them.
 """
@@ -33,12 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="where to write"
     )
     parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=list(DEFAULT_METHODS),
-        metavar="NAME",
-        help=f"of {', '.join(METHOD_NAMES)} (default: {' '.join(DEFAULT_METHODS)})",
+        "--study", choices=STUDIES, default="language", help="what is learned (default: language)"
     )
+    listed = "; ".join(
+        f"{study.name}: {', '.join(study.methods)} (default: {' '.join(study.default_methods)})"
+        for study in STUDIES.values()
+    )
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"by study; {listed}")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[1], metavar="N", help="how many, or a list"
     )
@@ -60,10 +66,12 @@ def seed_list(given: list[int]) -> list[int]:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    for name in options.methods:
-        if name not in METHOD_NAMES:
+    study = STUDIES[options.study]
+    methods = options.methods or study.default_methods
+    for name in methods:
+        if name not in study.methods:
             raise ConfigError(
-                f"--methods: {name!r} is not one of {', '.join(METHOD_NAMES)}; choose from these."
+                f"--methods: {name!r} is not one of {', '.join(study.methods)}; choose from these."
             )
     for name in ("ranks", "jobs"):
         if getattr(options, name) < 1:
@@ -72,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // (options.ranks * options.jobs))
     worlds = [
-        Miniature(options.output, seed, options.ranks, threads, terminal, options.ds_config)
+        Miniature(options.output, seed, options.ranks, threads, terminal, options.ds_config, study)
         for seed in seed_list(options.seeds)
     ]
     for world in worlds:
@@ -81,10 +89,9 @@ def run(options: argparse.Namespace) -> None:
         for done in [pool.submit(world.prepare) for world in worlds]:
             done.result()
         # Method by method: a study that is cut short has whole methods, not whole seeds.
-        pending = [pool.submit(world.adapt, name) for name in options.methods for world in worlds]
+        pending = [pool.submit(world.adapt, name) for name in methods for world in worlds]
         run_dirs = [done.result() for done in pending]
-    report = build_report(
-        run_dirs, options.output, title="A model learns a language and keeps what it knew"
-    )
+    folder = options.output / study.prefix.removesuffix("-")
+    report = build_report(run_dirs, folder, title=study.title)
     terminal.line(f"report: {report}")
     print(report)

@@ -33,11 +33,14 @@ class RunConfig:
     """Run folder; one folder holds one recipe's run."""
     seed: int = 42
     """Seed of everything random except the data order, >= 0."""
+    label: str | None = None
+    """What reports call the method of this run; None names its method section."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
         require(self.name != "", "name must not be empty")
+        require(self.label != "", "label must not be empty; leave it out to name the method")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -213,7 +213,8 @@ class TokenPerplexity:
     Each row of the set is scored on its own: the first token has no context and is not scored,
     every other token is, padding is not. Perplexity is ``exp`` of nats per scored token.
     Bits per byte is nats per scored token, times tokens per byte of the set's text, over ln 2:
-    comparable between tokenizers, which perplexity is not.
+    comparable between tokenizers, which perplexity is not. Of SFT rows each conversation is a row,
+    and the supervised tokens alone are scored.
 
     Args:
         name: Task name, ``perplexity/NAME``.
@@ -222,6 +223,8 @@ class TokenPerplexity:
             unknown, then only perplexity is measured.
         content_hash: Hash of the set's content.
         row_tokens: ``[n]`` tokens of each row, >= 1, what follows is padding; None: no padding.
+        supervised: ``[n, L]`` bool, True at tokens that are scored, never at the first of a row;
+            None: all but the first.
     """
 
     def __init__(
@@ -232,12 +235,17 @@ class TokenPerplexity:
         tokens_per_byte: float | None,
         content_hash: str,
         row_tokens: Tensor | None = None,
+        supervised: Tensor | None = None,
     ) -> None:
         self.name = name
         self.rows = rows
         if row_tokens is None:
             row_tokens = torch.full((len(rows),), rows.shape[1])
         self._row_tokens = row_tokens
+        self._scored = torch.arange(rows.shape[1]) < row_tokens[:, None]
+        if supervised is not None:
+            self._scored &= supervised
+        self._scored = self._scored[:, 1:]
         self.input_hash = content_hash
         self.num_items = len(rows)
         self._tokens_per_byte = tokens_per_byte
@@ -282,7 +290,8 @@ class TokenPerplexity:
             nll, _ = model.score(ids, mask)
             on_call()
             if not batch.dummy:
-                sums = nll.double().where(mask[:, 1:] > 0, 0.0).sum(dim=1).tolist()
+                scored = self._scored[list(batch.items)]
+                sums = nll.double().where(scored, 0.0).sum(dim=1).tolist()
                 local.update(zip(batch.items, sums, strict=True))
         summed = gather_exactly_once(collective, local, range(len(self.rows)))
         nats = np.array([summed[item] for item in range(len(self.rows))])
@@ -291,7 +300,7 @@ class TokenPerplexity:
         return self._summarise(nats, settings)
 
     def _summarise(self, nats: np.ndarray, settings: MeasureSettings) -> Measured:
-        targets = self._row_tokens.double().numpy() - 1
+        targets = self._scored.sum(1).double().numpy()
         mean = bootstrap_ratio(
             nats,
             targets,

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
 from forgetscale.data import TokenSet, require_same_tokenizer
 from forgetscale.errors import DataError
 from forgetscale.evaluation.forced import TokenPerplexity
@@ -39,6 +43,8 @@ def load_perplexity(
 ) -> TokenPerplexity:
     """Open the token set ``task_dir/perplexity/NAME`` and read the rows that are scored.
 
+    Of SFT rows every conversation is scored on its own, at its supervised tokens.
+
     Args:
         task_dir: Folder of tasks.
         name: Task name, ``perplexity/NAME``.
@@ -62,12 +68,9 @@ def load_perplexity(
             f" {tokenizer.name_or_path} has {len(tokenizer)}; build the token set again with the"
             " tokenizer of the model."
         )
-    if token_set.is_supervised:
-        raise DataError(
-            f"{token_set.path} holds SFT rows, but perplexity is of every token; build it without"
-            " --sft."
-        )
     num_rows = min(token_set.num_rows, max_rows or token_set.num_rows)
+    if token_set.is_supervised:
+        return _conversations(name, token_set, num_rows)
     num_bytes = token_set.num_text_bytes
     return TokenPerplexity(
         name,
@@ -77,4 +80,27 @@ def load_perplexity(
         row_tokens=token_set.document_lens(range(num_rows)).sum(1)
         if token_set.num_padding_tokens
         else None,
+    )
+
+
+def _conversations(name: str, token_set: TokenSet, num_rows: int) -> TokenPerplexity:
+    """Return the conversations of the first SFT rows, one a row, however they were packed."""
+    ids, lens = token_set.read(range(num_rows)), token_set.document_lens(range(num_rows))
+    mask = token_set.loss_mask(range(num_rows))
+    texts: list[tuple[Tensor, Tensor]] = []
+    for row, row_lens in enumerate(lens.tolist()):
+        start = 0
+        for length in row_lens:
+            here = slice(start, start + length)
+            # A piece cut off a longer conversation may hold no supervised token.
+            if mask[row, here].any():
+                texts.append((ids[row, here], mask[row, here]))
+            start += length
+    return TokenPerplexity(
+        name,
+        pad_sequence([text for text, _ in texts], batch_first=True),
+        tokens_per_byte=None,
+        content_hash=token_set.content_hash,
+        row_tokens=torch.tensor([len(text) for text, _ in texts]),
+        supervised=pad_sequence([scored for _, scored in texts], batch_first=True),
     )

@@ -14,7 +14,7 @@ from typing import Any
 from forgetscale import artifact
 from forgetscale.errors import DataError
 from forgetscale.ops import checks
-from forgetscale.testbed import chat, knowledge, tasks, text
+from forgetscale.testbed import chat, knowledge, new_task, tasks, text
 from forgetscale.testbed.languages import Language, glosses_in, make_languages, make_names
 from forgetscale.testbed.model import save_initial_model
 from forgetscale.testbed.size import WorldSize, random_for
@@ -62,6 +62,20 @@ def _pages(
     return made[: counts[0]], made[counts[0] :]
 
 
+def _write_new_task(
+    root: Path,
+    seed: int,
+    size: WorldSize,
+    speaker: chat.Speaker,
+    task_rows: dict[str, list[tasks.Row]],
+    held: set[str],
+) -> None:
+    for name, rows in new_task.sft_sets(seed, size, speaker, held).items():
+        _write(root / f"{name}.jsonl", _json_lines(rows))
+    for name, rows in new_task.sft_tasks(speaker, task_rows).items():
+        _write(root / f"tasks/{name}.jsonl", _json_lines(rows))
+
+
 def make_world_languages(seed: int) -> tuple[Language, Language]:
     """Return the source and the target language of the world with this seed."""
     return make_languages(
@@ -103,6 +117,7 @@ def _fill(root: Path, seed: int, size: WorldSize) -> dict[str, Any]:
     _write(root / "chat/calibration.jsonl", _json_lines(calibration))
     for name, task in task_rows.items():
         _write(root / f"tasks/{name}.jsonl", _json_lines(task))
+    _write_new_task(root / "sft", seed, size, speaker, task_rows, held)
     vocabulary = {"source_words": source.words(), "target_words": target.words()}
     _write(root / "vocabulary.json", _json_lines([vocabulary]))
     lexicons = {"source": dict(source.lexicon), "target": dict(target.lexicon)}

@@ -35,6 +35,8 @@ class WorldSize:
     """Rows of each task except the recalls, which hold one row a fact."""
     num_calibration_rows: int = 1500
     """Rows of source chat for importance scores."""
+    num_sft_rows: int = 3000
+    """Conversations of each set of the new task."""
     vocab_size: int = 1024
     """Pieces of the tokenizer, with 256 byte pieces and 7 special ones."""
     hidden_size: int = 128
@@ -74,6 +76,7 @@ TINY = WorldSize(
     num_heldout_documents=10,
     num_task_rows=20,
     num_calibration_rows=60,
+    num_sft_rows=80,
     vocab_size=560,
     hidden_size=32,
     intermediate_size=64,

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from forgetscale.cli.miniature import Miniature
 from forgetscale.cli.stages import Terminal
+from forgetscale.cli.studies import LANGUAGE
 from forgetscale.evaluation.report.matched import LEVELS, value_at
 from forgetscale.evaluation.report.seeds import paired_difference, seed_mean
 from forgetscale.ops.importance import select_frozen, select_jointly
@@ -280,7 +281,7 @@ def main() -> None:
         missing = [name for name in options.settings if name not in made]
         if options.only_table or not missing:
             continue
-        miniature = Miniature(options.output, seed, 1, 1, terminal, None)
+        miniature = Miniature(options.output, seed, 1, 1, terminal, None, LANGUAGE)
         miniature.generate()
         miniature.prepare()
         world = World(miniature.folder)

@@ -1,4 +1,4 @@
-"""Bars of the report: every ability before and after, and recall lost at matched points."""
+"""Bars of the report: every ability before and after, and what is lost at matched points."""
 
 from __future__ import annotations
 
@@ -102,14 +102,14 @@ def _draw_ability(
 
 
 def matched_plot(data: Mapping[str, Any]) -> str | None:
-    """Recall lost at the matched target perplexities, bars per method with intervals."""
+    """What is lost at the matched target perplexities, bars per method with intervals."""
     levels = data["matched_levels"]
     if len(data["summary"]) < 2:
         return None
     entries = [
         entry
         for entry in data["summary"]
-        if any(point["recall_loss"] for point in entry["matched_points"])
+        if any(point["lost"] for point in entry["matched_points"])
     ]
     if not levels or not entries:
         return None
@@ -120,7 +120,7 @@ def matched_plot(data: Mapping[str, Any]) -> str | None:
     for index, entry in enumerate(entries):
         colour = styles[entry["method"]][0]
         for place, point in enumerate(entry["matched_points"]):
-            loss = point["recall_loss"]
+            loss = point["lost"]
             if loss is None:
                 continue
             x = place + (index - (len(entries) - 1) / 2) * width
@@ -135,7 +135,8 @@ def matched_plot(data: Mapping[str, Any]) -> str | None:
     )
     ax.grid(False, axis="x")
     ax.axhline(0, color=MUTED, linewidth=0.8)
-    ax.set_ylabel("recall lost (lower is better)", fontsize=10, color=INK)
+    what = ability_label(data["matched_ability"])
+    ax.set_ylabel(f"{what}, lost (lower is better)", fontsize=10, color=INK)
     legend(ax, loc="upper left")
     ax.set_ylim(top=ax.get_ylim()[1] * 1.25)
-    return to_svg(figure, "Recall lost at matched target perplexity, by method")
+    return to_svg(figure, f"Loss of {what} at matched target perplexity, by method")

@@ -19,7 +19,7 @@ from forgetscale.evaluation.report.drawing import (
 )
 from forgetscale.evaluation.report.matched import envelope
 from forgetscale.evaluation.report.runs import RECALL, TARGET
-from forgetscale.evaluation.report.words import ability_label, number
+from forgetscale.evaluation.report.words import ability_label, is_rate, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,9 +34,10 @@ def _by_method(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str,
     return grouped
 
 
-def retention_key(runs: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the source ability drawn against target gain: recall where it was measured."""
-    for name in (RECALL, "bits_per_byte/source", "perplexity/source"):
+def retention_key(data: Mapping[str, Any]) -> str | None:
+    """Return the ability drawn against target gain: the compared one where it was measured."""
+    runs = data["runs"]
+    for name in (data["matched_ability"], RECALL, "bits_per_byte/source", "perplexity/source"):
         if any(name in point["values"] for run in runs for point in run["curve"]):
             return name
     return None
@@ -58,7 +59,7 @@ def retention_plot(data: Mapping[str, Any], *, wide: bool = False) -> str | None
         wide: Draw for the whole width of the page instead of half of it.
     """
     runs = data["runs"]
-    key = retention_key(runs)
+    key = retention_key(data)
     curves = {
         method: [pairs for run in own if len(pairs := _pairs(run, key)) > 1]
         for method, own in _by_method(runs).items()
@@ -84,7 +85,7 @@ def retention_plot(data: Mapping[str, Any], *, wide: bool = False) -> str | None
     ax.set_xscale("log")
     ax.set_xlim(high, low)
     log_ticks(ax.xaxis, low, high)
-    if key == RECALL:
+    if is_rate(key):
         ax.set_ylim(-0.03, max(1.05, mean * 1.05))
     if len(curves) > 1:
         _mark_levels(ax, data["matched_levels"])
@@ -136,7 +137,7 @@ def _mark_levels(ax: Axes, levels: Sequence[Mapping[str, Any]]) -> None:
 def steps_plot(data: Mapping[str, Any]) -> str | None:
     """Training loss, target perplexity and source ability over steps, one line per run."""
     runs = data["runs"]
-    key = retention_key(runs)
+    key = retention_key(data)
     panels = []
     if any(run["losses"] for run in runs):
         panels.append(("training loss (nats a token)", "losses"))

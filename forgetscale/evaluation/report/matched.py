@@ -1,4 +1,4 @@
-"""Comparing runs at equal target score: levels by a fixed rule, recall read off each curve.
+"""Comparing runs at equal target score: levels by a fixed rule, abilities read off each curve.
 
 A method that learns less also forgets less, so runs are compared where they know the target
 language equally well, not where they happen to end.
@@ -20,7 +20,7 @@ RULE = (
     " evaluation after the start) is shorter than a factor of 2, mild and middle stand at 1/3 and"
     " 2/3 of it in log perplexity. The rule looks at all runs alike and at target perplexity alone,"
     " so it cannot favour a method, and every point lies after adaptation began and within what"
-    " every run measured. A run's recall there is read off its own curve: evaluations that set a"
+    " every run measured. A run's score there is read off its own curve: evaluations that set a"
     " new lowest target perplexity, joined linearly in log perplexity."
 )
 
@@ -37,7 +37,7 @@ def envelope(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     """Return the points at which perplexity falls below all before it.
 
     Args:
-        points: Target perplexity and recall in order of steps.
+        points: Target perplexity and ability in order of steps.
 
     Returns:
         Those that set a new lowest perplexity: a curve that can be read at one place only. What
@@ -80,11 +80,12 @@ def run_points(run: Run, ability: str = RECALL) -> list[tuple[float, float]]:
     ]
 
 
-def matched_levels(runs: Sequence[Run]) -> tuple[list[Level], str]:
+def matched_levels(runs: Sequence[Run], ability: str = RECALL) -> tuple[list[Level], str]:
     """Choose the three target perplexities at which runs are compared.
 
     Args:
         runs: All runs of the report.
+        ability: What is compared.
 
     Returns:
         The levels from mild to deep, or none with a sentence that says why.
@@ -94,11 +95,11 @@ def matched_levels(runs: Sequence[Run]) -> tuple[list[Level], str]:
         after_start = [
             point.values[TARGET]
             for point in run.curve
-            if point.step > 0 and TARGET in point.values and RECALL in point.values
+            if point.step > 0 and TARGET in point.values and ability in point.values
         ]
         if len(after_start) < 2:
             return [], (
-                f"run {run.folder} has {len(after_start)} evaluations of {TARGET} and {RECALL}"
+                f"run {run.folder} has {len(after_start)} evaluations of {TARGET} and {ability}"
                 " during training; matched points need at least 2 of every run"
             )
         starts.append(after_start[0])

@@ -7,7 +7,6 @@ from html import escape
 from typing import Any
 
 from forgetscale.evaluation.report.bars import abilities_plot, matched_plot
-from forgetscale.evaluation.report.claim import CONTROL, RANDOM, SUBJECT
 from forgetscale.evaluation.report.curves import retention_key, retention_plot, steps_plot
 from forgetscale.evaluation.report.drawing import method_styles
 from forgetscale.evaluation.report.runs import RECALL
@@ -16,6 +15,7 @@ from forgetscale.evaluation.report.words import (
     ability_label,
     headline,
     interval,
+    is_rate,
     number,
     signed_percent,
 )
@@ -56,7 +56,7 @@ def _top(data: Mapping[str, Any]) -> str:
     methods = f"{len(data['summary'])} method{'s' if len(data['summary']) > 1 else ''}"
     numbers = f"{count}, {methods}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
     verdict = ""
-    if len(data["summary"]) > 1 and _measured(data, RECALL):
+    if len(data["summary"]) > 1 and _measured(data, data["matched_ability"]):
         verdict = (
             f'<p class="verdict {_STATUS[claim["status"]]}"><b>Claim {escape(claim["status"])}.</b>'
             f" {escape(_without_status(claim['sentence'], claim['status']))}"
@@ -126,7 +126,8 @@ def _key_table(data: Mapping[str, Any]) -> str:
     summary = data["summary"]
     styles = method_styles([entry["method"] for entry in summary])
     head = ["method", "seeds"]
-    shown = [RECALL] if _measured(data, RECALL) else []
+    ability = data["matched_ability"]
+    shown = [name for name in dict.fromkeys((ability, RECALL)) if _measured(data, name)]
     if not shown:
         shown = [name for name in _BITS if _measured(data, name)]
     if not shown and _measured(data, "perplexity/source"):
@@ -138,7 +139,8 @@ def _key_table(data: Mapping[str, Any]) -> str:
     is_matched = bool(data["matched_levels"]) and len(summary) > 1
     if is_matched:
         level = data["matched_levels"][middle]
-        head.append(f"recall at perplexity {number(level['target_perplexity'])}")
+        where = f"at perplexity {number(level['target_perplexity'])}"
+        head.append(escape(f"{ability_label(ability)} {where}"))
     averaged = any(entry["relative_degradation"] for entry in summary)
     if averaged:
         head.append("source tasks, relative change")
@@ -152,11 +154,12 @@ def _key_table(data: Mapping[str, Any]) -> str:
             row.append(_change(entry["target"]))
         row += [_change(entry["abilities"].get(name)) for name in shown]
         if is_matched:
-            row.append(_spread(entry["matched_points"][middle]["recall"]))
+            row.append(_spread(entry["matched_points"][middle]["kept"]))
         if averaged:
             row.append(_spread(entry["relative_degradation"], percent=True))
         if any(seconds.values()):
-            row.append(_seconds(entry["step_seconds"], seconds.get(CONTROL), entry["method"]))
+            control = data["control"]
+            row.append(_seconds(entry["step_seconds"], seconds, entry["method"], control))
         rows.append(row)
     note = "Before → after adaptation; small: 95% interval."
     if is_matched:
@@ -167,17 +170,19 @@ def _key_table(data: Mapping[str, Any]) -> str:
 _BITS = ("bits_per_byte/target", "bits_per_byte/source")
 
 
-def _seconds(seconds: float | None, control: float | None, method: str) -> str:
+def _seconds(
+    seconds: float | None, all_seconds: Mapping[str, float | None], method: str, control: str
+) -> str:
     if seconds is None:
         return "–"
     text = f"{seconds:.3g} s"
-    if control and method != CONTROL:
-        text += f"<small>{seconds / control:.2f} × {CONTROL}</small>"
+    if (other := all_seconds.get(control)) and method != control:
+        text += f"<small>{seconds / other:.2f} × {escape(control)}</small>"
     return text
 
 
 def _plots(data: Mapping[str, Any]) -> str:
-    key = retention_key(data["runs"])
+    key = retention_key(data)
     kept = ability_label(key) if key else "source ability"
     matched = matched_plot(data)
     figures = [
@@ -185,7 +190,7 @@ def _plots(data: Mapping[str, Any]) -> str:
             retention_plot(data, wide=matched is None),
             f"What is kept against what is gained: {kept} while target perplexity falls. Higher"
             " and further right is better."
-            if key == RECALL
+            if key and is_rate(key)
             else f"What is kept against what is gained: {kept} while target perplexity falls. Lower"
             " and further right is better.",
             "Bands: range over seeds. Dotted: matched points."
@@ -195,7 +200,7 @@ def _plots(data: Mapping[str, Any]) -> str:
         ),
         (
             matched,
-            "Recall lost at equal target perplexity.",
+            f"Lost at equal target perplexity: {ability_label(data['matched_ability'])}.",
             "Lines: 95% t interval over seeds.",
             "half",
         ),
@@ -217,7 +222,8 @@ def _plots(data: Mapping[str, Any]) -> str:
 
 
 def _matched_table(data: Mapping[str, Any]) -> str:
-    if len(data["summary"]) < 2 or not _measured(data, RECALL):
+    ability, control = data["matched_ability"], data["control"]
+    if len(data["summary"]) < 2 or not _measured(data, ability):
         return ""
     if not data["matched_levels"]:
         why = escape(data["matched_missing"])
@@ -226,37 +232,57 @@ def _matched_table(data: Mapping[str, Any]) -> str:
     head = ["method"]
     for level in data["matched_levels"]:
         where = f"{level['name']}, {number(level['target_perplexity'])}"
-        head += [f"recall kept ({where})", "lost", f"lost − {CONTROL}"]
+        head += [f"kept ({where})", "lost", f"lost − {escape(control)}"]
     rows = []
     for entry in data["summary"]:
         row = [_method_cell(entry["method"], styles)]
         for point in entry["matched_points"]:
             row += [
-                _spread(point["recall"]),
-                _spread(point["recall_loss"]),
-                _spread(point["recall_loss_minus_sft"]),
+                _spread(point["kept"]),
+                _spread(point["lost"]),
+                _spread(point["lost_minus_control"]),
             ]
         rows.append(row)
     return (
-        "<section><h2>Matched comparison</h2>"
+        f"<section><h2>Matched comparison: {escape(ability_label(ability))}</h2>"
         f"<p>{escape(data['matched_rule'])} Means over seeds with 95% t intervals; the last column"
-        f" of each group is paired by seed.</p>{_table(head, rows)}{_claim_table(data)}</section>"
+        f" of each group is paired by seed.</p>{_table(head, rows)}{_other_abilities(data, styles)}"
+        f"{_claim_table(data)}</section>"
     )
+
+
+def _other_abilities(data: Mapping[str, Any], styles: Mapping[str, tuple[str, str]]) -> str:
+    """Return a table of what else was measured during training, at the matched points."""
+    others = data["matched_others"]
+    levels = data["matched_levels"]
+    if not others:
+        return ""
+    head = ["method"] + [
+        escape(f"{ability_label(name)} ({level['name']})") for name in others for level in levels
+    ]
+    rows = [
+        [_method_cell(entry["method"], styles)]
+        + [_spread(mean) for means in others.values() for mean in means[entry["method"]]]
+        for entry in data["summary"]
+    ]
+    return f"<h3>Other abilities at the same points</h3>{_table(head, rows)}"
 
 
 def _claim_table(data: Mapping[str, Any]) -> str:
     claim = data["claim"]
     if not claim["points"]:
         return ""
-    head = ["matched point", *(f"{name}, recall lost" for name in (SUBJECT, CONTROL, RANDOM))]
-    head += [f"below {CONTROL} by", "at least 25%", f"below {RANDOM}"]
+    names = [claim["subject"], claim["control"], *claim["others"]]
+    head = ["matched point", *(escape(f"{name}, lost") for name in names)]
+    head += [f"below {escape(claim['control'])} by", "as claimed"]
+    head += [f"below {escape(name)}" for name in claim["others"]]
     rows = [
         [
             f"{escape(point['name'])}, perplexity {number(point['target_perplexity'])}",
-            *(number(point["recall_loss"][name]) for name in (SUBJECT, CONTROL, RANDOM)),
+            *(number(point["lost"][name]) for name in names),
             "–" if point["reduction"] is None else f"{point['reduction']:.0%}",
             _yes(point["below_control"]),
-            _yes(point["below_random"]),
+            *(_yes(point["below_others"][name]) for name in claim["others"]),
         ]
         for point in claim["points"]
     ]
@@ -314,11 +340,13 @@ def _mean_changes(data: Mapping[str, Any]) -> dict[tuple[str, str], float]:
 
 def _runs_table(data: Mapping[str, Any]) -> str:
     styles = method_styles([run["method"] for run in data["runs"]])
-    head = ["run", "method", "seed", "target perplexity", "recall", "matched points, recall"]
+    ability = data["matched_ability"]
+    kept = ability_label(ability)
+    head = ["run", "method", "seed", "target perplexity", escape(kept), "at matched points"]
     head += ["source tasks", "step time"]
     rows = []
     for run in data["runs"]:
-        points = " · ".join(number(point["recall"]) for point in run["matched_points"]) or "–"
+        points = " · ".join(number(point["kept"]) for point in run["matched_points"]) or "–"
         settings = ", ".join(
             f"{key.removesuffix('.path').rpartition('.')[2]} {value}"
             for key, value in run["settings"].items()
@@ -330,7 +358,7 @@ def _runs_table(data: Mapping[str, Any]) -> str:
                 _method_cell(run["method"], styles),
                 str(run["seed"]),
                 _change(run["target"]),
-                _change(run["abilities"].get(RECALL)),
+                _change(run["abilities"].get(ability)),
                 points,
                 signed_percent(run["relative_degradation"]["average"]),
                 "–" if run["step_seconds"] is None else f"{run['step_seconds']:.3g} s",

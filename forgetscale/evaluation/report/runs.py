@@ -142,7 +142,7 @@ def read_run(path: Path) -> Run:
     made_by = after_made_by or before_made_by
     return Run(
         folder=path.resolve().name,
-        method=method_label(recipe.get("method", {})),
+        method=recipe.get("run", {}).get("label") or method_label(recipe.get("method", {})),
         seed=int(recipe.get("run", {}).get("seed", 0)),
         recipe=recipe,
         before=before,

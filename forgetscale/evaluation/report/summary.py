@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgetscale.evaluation.degradation import is_target, relative_degradation
-from forgetscale.evaluation.report.claim import ClaimOutcome, judge
+from forgetscale.evaluation.report.claim import Claim, ClaimOutcome, choose_claim, judge
 from forgetscale.evaluation.report.matched import (
     RULE,
     Level,
@@ -16,12 +16,15 @@ from forgetscale.evaluation.report.matched import (
     run_points,
     value_at,
 )
-from forgetscale.evaluation.report.runs import RECALL, TARGET, Run
+from forgetscale.evaluation.report.runs import TARGET, Run
 from forgetscale.evaluation.report.seeds import SeedMean, paired_difference, seed_mean
 
-CONTROL = "sft"
 _MIDDLE = 1
 _MAX_LOSSES = 300
+
+
+Values = Mapping[str, Mapping[int, Sequence[float | None]]]
+"""Method -> seed -> value at each level."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,39 +32,60 @@ class Matched:
     """All runs at the same target perplexities.
 
     Attributes:
+        claim: What the study set out to show; its ability is the one compared.
         levels: The points, from mild to deep; empty if there are none.
         why_none: Why not, in words.
-        recalls: Method -> seed -> recall at each level.
-        losses: Method -> seed -> recall before adaptation minus recall at each level.
+        kept: The ability at each level.
+        lost: The ability before adaptation minus the ability at each level.
+        others: Further abilities that were measured during training, at each level.
     """
 
+    claim: Claim
     levels: list[Level]
     why_none: str
-    recalls: dict[str, dict[int, list[float | None]]]
-    losses: dict[str, dict[int, list[float | None]]]
+    kept: Values
+    lost: Values
+    others: Mapping[str, Values]
 
 
-def match_runs(runs: Sequence[Run]) -> Matched:
-    """Read every run's recall at the matched target perplexities."""
-    levels, why_none = matched_levels(runs)
-    recalls: dict[str, dict[int, list[float | None]]] = {}
-    losses: dict[str, dict[int, list[float | None]]] = {}
-    for run in runs:
-        points = run_points(run)
-        here = [value_at(points, level.target_perplexity) for level in levels]
-        source = source_recall(run)
-        recalls.setdefault(run.method, {})[run.seed] = here
-        losses.setdefault(run.method, {})[run.seed] = [
-            None if value is None or source is None else source - value for value in here
-        ]
-    return Matched(levels, why_none, recalls, losses)
+def match_runs(runs: Sequence[Run], claim: Claim) -> Matched:
+    """Read every run's abilities at the matched target perplexities."""
+    levels, why_none = matched_levels(runs, claim.ability)
+
+    def read(ability: str) -> Values:
+        values: dict[str, dict[int, list[float | None]]] = {}
+        for run in runs:
+            points = run_points(run, ability)
+            here = [value_at(points, level.target_perplexity) for level in levels]
+            values.setdefault(run.method, {})[run.seed] = here
+        return values
+
+    kept = read(claim.ability)
+    before = {(run.method, run.seed): before_training(run, claim.ability) for run in runs}
+    lost = {
+        method: {
+            seed: [
+                None if value is None or (start := before[method, seed]) is None else start - value
+                for value in row
+            ]
+            for seed, row in seeds.items()
+        }
+        for method, seeds in kept.items()
+    }
+    measured = dict.fromkeys(name for run in runs for point in run.curve for name in point.values)
+    others = {
+        name: read(name)
+        for name in measured
+        if name not in (claim.ability, TARGET) and not name.startswith("bits_per_byte/")
+    }
+    return Matched(claim, levels, why_none, kept, lost, others)
 
 
-def source_recall(run: Run) -> float | None:
-    """Return recall before adaptation: at step 0 of the curve, else of the source model."""
-    if run.curve and run.curve[0].step == 0 and RECALL in run.curve[0].values:
-        return run.curve[0].values[RECALL]
-    return run.before[RECALL].value if RECALL in run.before else None
+def before_training(run: Run, ability: str) -> float | None:
+    """Return an ability before adaptation: at step 0 of the curve, else of the source model."""
+    if run.curve and run.curve[0].step == 0 and ability in run.curve[0].values:
+        return run.curve[0].values[ability]
+    return run.before[ability].value if ability in run.before else None
 
 
 def report_data(
@@ -74,20 +98,26 @@ def report_data(
         title: Heading of the report.
         provenance: What made the report.
     """
-    matched = match_runs(runs)
-    claim = judge(matched.levels, matched.losses, matched.why_none)
+    matched = match_runs(runs, choose_claim({run.method for run in runs}))
+    claim = judge(matched.claim, matched.levels, matched.lost, matched.why_none)
     methods = list(dict.fromkeys(run.method for run in runs))
     data = {
         "title": title,
         "runs": [_run_json(run, matched) for run in runs],
         "summary": [_method_json(method, runs, matched) for method in methods],
         "claim": claim.to_json(),
+        "matched_ability": matched.claim.ability,
+        "control": matched.claim.control,
         "matched_rule": RULE,
         "matched_levels": [
             {"name": level.name, "target_perplexity": level.target_perplexity}
             for level in matched.levels
         ],
         "matched_missing": matched.why_none,
+        "matched_others": {
+            name: {method: _means(values, method, len(matched.levels)) for method in methods}
+            for name, values in matched.others.items()
+        },
         "provenance": dict(provenance),
     }
     return data, matched, claim
@@ -120,18 +150,18 @@ def abilities_of(runs: Sequence[Run]) -> list[str]:
 
 def _run_json(run: Run, matched: Matched) -> dict[str, Any]:
     average, changes = relative_degradation(run.before, run.after)
-    recalls = matched.recalls[run.method][run.seed]
-    losses = matched.losses[run.method][run.seed]
+    kept = matched.kept[run.method][run.seed]
+    lost = matched.lost[run.method][run.seed]
     points = [
         {
             "name": level.name,
             "target_perplexity": level.target_perplexity,
-            "recall": recall,
-            "recall_loss": loss,
+            "kept": value,
+            "lost": loss,
         }
-        for level, recall, loss in zip(matched.levels, recalls, losses, strict=True)
+        for level, value, loss in zip(matched.levels, kept, lost, strict=True)
     ]
-    middle = points[_MIDDLE] if points else {"target_perplexity": None, "recall": None}
+    middle = points[_MIDDLE] if points else {"target_perplexity": None, "kept": None}
     stride = max(1, math.ceil(len(run.losses) / _MAX_LOSSES))
     entries = {name: ability_entry(run, name) for name in abilities_of([run])}
     return {
@@ -141,7 +171,7 @@ def _run_json(run: Run, matched: Matched) -> dict[str, Any]:
         "target": entries.get(TARGET),
         "matched": {
             "target_perplexity": middle["target_perplexity"],
-            "recall": middle["recall"],
+            matched.claim.ability: middle["kept"],
         },
         "step_seconds": run.step_seconds,
         "folder": run.folder,
@@ -215,25 +245,30 @@ def _ability_over_seeds(name: str, own: Sequence[Run]) -> dict[str, Any]:
 def _points_over_seeds(method: str, matched: Matched) -> list[dict[str, Any]]:
     points = []
     for index, level in enumerate(matched.levels):
-        losses = _at(matched.losses, method, index)
-        control = _at(matched.losses, CONTROL, index)
+        lost = _at(matched.lost, method, index)
+        control = _at(matched.lost, matched.claim.control, index)
         points.append(
             {
                 "name": level.name,
                 "target_perplexity": level.target_perplexity,
-                "recall": _json(seed_mean(list(_at(matched.recalls, method, index).values()))),
-                "recall_loss": _json(seed_mean(list(losses.values()))),
-                "recall_loss_minus_sft": None
-                if method == CONTROL
-                else _json(paired_difference(losses, control)),
+                "kept": _json(seed_mean(list(_at(matched.kept, method, index).values()))),
+                "lost": _json(seed_mean(list(lost.values()))),
+                "lost_minus_control": None
+                if method == matched.claim.control
+                else _json(paired_difference(lost, control)),
             }
         )
     return points
 
 
-def _at(
-    values: Mapping[str, Mapping[int, Sequence[float | None]]], method: str, index: int
-) -> dict[int, float]:
+def _means(values: Values, method: str, num_levels: int) -> list[dict[str, Any] | None]:
+    """Return a method's mean over seeds at each level."""
+    return [
+        _json(seed_mean(list(_at(values, method, index).values()))) for index in range(num_levels)
+    ]
+
+
+def _at(values: Values, method: str, index: int) -> dict[int, float]:
     """Return seed -> value of a method at one level, where there is one."""
     return {
         seed: value

@@ -14,6 +14,8 @@ _NAMES = {
     "over_refusal": "harmless requests refused",
     "code_mixing": "code-mixed answers",
     "target_recall": "target fact recall",
+    "recall_planted": "recall of contradicted facts",
+    "refused": "unsafe requests refused (forced answer)",
 }
 _UNBOUNDED = ("perplexity", "bits_per_byte")
 
@@ -26,6 +28,11 @@ def ability_label(name: str) -> str:
     if slash and kind in _UNBOUNDED:
         return f"{rest} {kind.replace('_', ' ')}"
     return name.replace("_", " ")
+
+
+def is_rate(name: str) -> bool:
+    """Return whether an ability lies in [0, 1] and more of it is better."""
+    return name.partition("/")[0] not in _UNBOUNDED
 
 
 def number(value: float | None) -> str:
@@ -58,26 +65,27 @@ def headline(data: Mapping[str, Any]) -> list[str]:
 
 
 def _matched_sentence(data: Mapping[str, Any]) -> str:
-    middle = len(data["matched_levels"]) // 2
+    middle, ability = len(data["matched_levels"]) // 2, data["matched_ability"]
     level = data["matched_levels"][middle]
     kept = sorted(
         (
-            (point["recall"]["mean"], entry["method"])
+            (point["kept"]["mean"], entry["method"])
             for entry in data["summary"]
-            if (point := entry["matched_points"][middle])["recall"] is not None
+            if (point := entry["matched_points"][middle])["kept"] is not None
         ),
         reverse=True,
     )
     before = [
-        entry["abilities"][RECALL]["before"]
+        entry["abilities"][ability]["before"]
         for entry in data["summary"]
-        if RECALL in entry["abilities"]
+        if ability in entry["abilities"]
     ]
     start = f" of {sum(before) / len(before):.0%} before" if before else ""
     parts = [f"{recall:.0%} with {method}" for recall, method in kept]
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
     return (
-        f"At equal target perplexity ({number(level['target_perplexity'])}), fact recall{start} is"
+        f"At equal target perplexity ({number(level['target_perplexity'])}),"
+        f" {ability_label(ability)}{start} is"
         f" {listed}."
     )
 

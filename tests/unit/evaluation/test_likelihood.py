@@ -166,17 +166,32 @@ def test_another_tokenizer_is_refused(model_dir: Path, task_dir: Path, tmp_path:
         LiveEvaluator(["perplexity/source"], task_dir, other)
 
 
-def test_perplexity_of_sft_rows_is_refused(model_dir: Path, tmp_path: Path) -> None:
+def test_conversations_of_sft_rows_are_scored_alone_at_their_supervised_tokens(
+    model_dir: Path, tmp_path: Path
+) -> None:
     loaded = load_model(model_dir, dtype="float32")
+    ids = np.arange(20, 32).reshape(2, 6)
+    supervised = np.zeros((2, 6), dtype=bool)
+    supervised[0, [2, 3, 5]] = supervised[1, [1, 4]] = True
     write_token_set(
         tmp_path / "perplexity" / "chats",
-        np.ones((2, 4), dtype=np.int64),
+        ids,
         vocab_size=len(loaded.tokenizer),
         tokenizer_sha256=tokenizer_hash(model_dir),
-        supervised=np.ones((2, 4), dtype=bool),
+        doc_lens=np.array([4, 2, 6]),
+        supervised=supervised,
     )
-    with pytest.raises(DataError, match="holds SFT rows, but perplexity is of every token"):
-        load_perplexity(tmp_path, "perplexity/chats", tokenizer=loaded.tokenizer)
+    task = load_perplexity(tmp_path, "perplexity/chats", tokenizer=loaded.tokenizer)
+    evaluator = LiveEvaluator(["perplexity/chats"], tmp_path, loaded.tokenizer, batch_size=2)
+    (result,) = evaluator.evaluate(HuggingFaceLikelihood(loaded.model))
+    nats = []
+    for text, scored in ((ids[0, :4], [2, 3]), (ids[0, 4:], [1]), (ids[1], [1, 4])):
+        with torch.no_grad():
+            logits = loaded.model(torch.from_numpy(text)[None]).logits[0].log_softmax(-1)
+        nats += [-float(logits[place - 1, text[place]]) for place in scored]
+    assert task.num_items == 3
+    assert (result.metric, result.n) == ("perplexity", 3)
+    assert result.value == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-5)
 
 
 def test_prompts_need_a_template_with_an_end(model_dir: Path) -> None:

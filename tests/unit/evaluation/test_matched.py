@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forgetscale.evaluation.report.claim import judge
+from forgetscale.evaluation.report.claim import CLAIMS, choose_claim, judge
 from forgetscale.evaluation.report.matched import (
     Level,
     envelope,
@@ -16,6 +16,7 @@ from forgetscale.evaluation.report.matched import (
 from forgetscale.evaluation.report.runs import read_runs
 from forgetscale.evaluation.report.seeds import paired_difference, seed_mean, t_quantile
 
+CLAIM = CLAIMS[0]
 LEVELS = [Level("mild", 8.0), Level("middle", 4.35), Level("deep", 3.5)]
 
 
@@ -106,25 +107,29 @@ def losses(paper: list[float], sft: list[float], rand: list[float], seeds: int =
 
 
 def test_claim_held() -> None:
-    outcome = judge(LEVELS, losses([0.38, 0.49, 0.64], [0.81, 0.84, 0.89], [0.57, 0.63, 0.71]))
+    outcome = judge(
+        CLAIM, LEVELS, losses([0.38, 0.49, 0.64], [0.81, 0.84, 0.89], [0.57, 0.63, 0.71])
+    )
     assert outcome.status == "held"
-    assert "at least 28% less recall" in outcome.sentence
-    assert [point["below_random"] for point in outcome.points] == [True] * 3
+    assert "at least 28% less fact recall" in outcome.sentence
+    assert [point["below_others"]["ssu/rand"] for point in outcome.points] == [True] * 3
     assert outcome.points[0]["reduction"] == pytest.approx(1 - 0.38 / 0.81)
 
 
 def test_a_claim_on_means_says_where_seeds_disagree() -> None:
     sure = losses([0.1] * 3, [0.8] * 3, [0.5] * 3)
-    assert "excludes 0" in judge(LEVELS, sure).sentence
+    assert "excludes 0" in judge(CLAIM, LEVELS, sure).sentence
     sure["ssu/rand"] = {0: [0.5, 0.5, 0.0], 1: [0.5, 0.51, 0.5], 2: [0.5, 0.5, 0.5]}
-    outcome = judge(LEVELS, sure)
+    outcome = judge(CLAIM, LEVELS, sure)
     assert outcome.status == "held"
     assert "includes 0 against ssu/rand at deep: more seeds" in outcome.sentence
     assert outcome.points[2]["difference"]["ssu/rand"]["low"] < 0
 
 
 def test_claim_not_held_names_the_point_and_the_reason() -> None:
-    outcome = judge(LEVELS, losses([0.38, 0.49, 0.7], [0.81, 0.84, 0.89], [0.57, 0.63, 0.69]))
+    outcome = judge(
+        CLAIM, LEVELS, losses([0.38, 0.49, 0.7], [0.81, 0.84, 0.89], [0.57, 0.63, 0.69])
+    )
     assert outcome.status == "not held"
     assert "at deep (perplexity 3.5)" in outcome.sentence
     assert "is 21% below sft (0.890), 25% needed" in outcome.sentence
@@ -138,21 +143,21 @@ def test_exactly_a_quarter_is_enough_but_equal_to_random_is_not() -> None:
         edge["ssu/paper"][seed] = [0.375]
         edge["sft"][seed] = [0.5]
         edge["ssu/rand"][seed] = [0.376]
-    assert judge(LEVELS[:1], edge).status == "held"
+    assert judge(CLAIM, LEVELS[:1], edge).status == "held"
     edge["ssu/rand"] = dict(edge["ssu/paper"])
-    assert judge(LEVELS[:1], edge).status == "not held"
+    assert judge(CLAIM, LEVELS[:1], edge).status == "not held"
 
 
 def test_claim_needs_seeds_methods_levels_and_a_loss() -> None:
     good = ([0.3] * 3, [0.8] * 3, [0.5] * 3)
-    assert "needs at least 3 seeds" in judge(LEVELS, losses(*good, seeds=2)).sentence
+    assert "needs at least 3 seeds" in judge(CLAIM, LEVELS, losses(*good, seeds=2)).sentence
     missing = {"ssu/paper": {0: [0.1] * 3}, "sft": {0: [0.2] * 3}}
-    assert judge(LEVELS, missing).sentence == "Not tested: no run of ssu/rand."
-    assert judge([], losses(*good), "no range").sentence == "Not tested: no range."
+    assert judge(CLAIM, LEVELS, missing).sentence == "Not tested: no run of ssu/rand."
+    assert judge(CLAIM, [], losses(*good), "no range").sentence == "Not tested: no range."
     gap = losses(*good)
     gap["sft"][1] = [0.8, None, 0.8]
-    assert judge(LEVELS, gap).status == "not tested"
-    kept = judge(LEVELS, losses([0.0] * 3, [0.0] * 3, [0.1] * 3))
+    assert judge(CLAIM, LEVELS, gap).status == "not tested"
+    kept = judge(CLAIM, LEVELS, losses([0.0] * 3, [0.0] * 3, [0.1] * 3))
     assert kept.status == "not held" and "nothing can be saved" in kept.sentence
 
 
@@ -169,3 +174,18 @@ def test_means_over_seeds_have_t_intervals() -> None:
     paired = paired_difference({0: 0.3, 1: 0.5, 2: 0.9}, {0: 0.1, 1: 0.3})
     assert paired is not None and paired.mean == pytest.approx(0.2) and paired.num_seeds == 2
     assert paired.low == pytest.approx(0.2) == paired.high
+
+
+def test_the_claim_is_the_one_the_methods_speak_of() -> None:
+    assert choose_claim({"sft", "hft"}).subject == "ssu/paper"
+    assert choose_claim({"sft", "eaft", "dft"}).subject == "eaft"
+    assert choose_claim({"lora"}).ability == "refused"
+    assert choose_claim(set()) is CLAIMS[0]
+
+
+def test_a_claim_without_a_share_needs_any_reduction() -> None:
+    claim = CLAIMS[1]
+    found = {name: {seed: [0.5] for seed in range(3)} for name in claim.methods}
+    assert judge(claim, LEVELS[:1], found).status == "not held"
+    found["eaft"] = {seed: [0.4] for seed in range(3)}
+    assert judge(claim, LEVELS[:1], found).status == "held"

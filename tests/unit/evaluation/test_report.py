@@ -101,10 +101,10 @@ def test_summary_is_the_mean_over_seeds_and_paired_with_sft(make_run: Any, tmp_p
     assert sft["method"] == "sft" and paper["seeds"] == [0, 1, 2]
     assert paper["abilities"]["recall"]["after"] == pytest.approx(0.59)
     deep = paper["matched_points"][2]
-    assert deep["recall_loss"]["mean"] == pytest.approx(0.41)
-    assert deep["recall_loss"]["low"] < 0.41 < deep["recall_loss"]["high"]
-    assert deep["recall_loss_minus_sft"]["mean"] == pytest.approx(-0.5)
-    assert sft["matched_points"][2]["recall_loss_minus_sft"] is None
+    assert deep["lost"]["mean"] == pytest.approx(0.41)
+    assert deep["lost"]["low"] < 0.41 < deep["lost"]["high"]
+    assert deep["lost_minus_control"]["mean"] == pytest.approx(-0.5)
+    assert sft["matched_points"][2]["lost_minus_control"] is None
     assert data["claim"]["status"] == "not tested"
     average = paper["relative_degradation"]["mean"]
     parts = [-0.41, -0.27 / 0.97, -0.1, -0.08 / 0.98]

@@ -1,0 +1,175 @@
+"""What the small world is asked: a study is training data, methods and what is measured.
+
+Every study starts from the same source model. Its target is measured as ``perplexity/target``:
+held-out text of the language, or supervised tokens of held-out conversations of the task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forgetscale.config import DATA_SCORES
+
+Section = dict[str, Any]
+
+LANGUAGE_LR = 3e-4
+TASK_LR = 3e-4
+CHAT_TASKS = ("recall", "compliance", "refusal", "over_refusal")
+PERPLEXITIES = ("perplexity/source", "perplexity/target")
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a method's recipe may need of its world.
+
+    Attributes:
+        calibration: Token set of source chat.
+        mean_gate: Returns the mean weight that ``eaft`` gave its tokens in this world; trains
+            ``eaft`` first where it has not run.
+    """
+
+    calibration: Path
+    mean_gate: Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """One question to the small world.
+
+    Attributes:
+        name: Word after ``--study``.
+        title: Heading of the report.
+        methods: Names of methods it knows.
+        default_methods: Methods of a run that names none.
+        sections: Recipe sections of a method, by name.
+        data: Folder of the world with the training conversations; None: the target language.
+        tasks: What is measured before and after.
+        live_tasks: What is measured during training.
+        num_steps: Optimizer steps.
+        lr: Peak learning rate.
+        curve_steps: Steps between measurements.
+    """
+
+    name: str
+    title: str
+    methods: tuple[str, ...]
+    default_methods: tuple[str, ...]
+    sections: Callable[[str, Inputs], Section]
+    data: str | None
+    tasks: tuple[str, ...]
+    live_tasks: tuple[str, ...]
+    num_steps: int
+    lr: float
+    curve_steps: int
+
+    @property
+    def prefix(self) -> str:
+        """What run folders of this study begin with."""
+        return "" if self.name == "language" else f"{self.name}-"
+
+
+def plan_section(name: str, inputs: Inputs) -> Section:
+    """Return the recipe sections of a name such as ``ssu/paper`` or ``ssu/paper+shield``.
+
+    ``ssu/paper/row`` names another axis than columns, ``element-global`` one ranking of all
+    matrices; ``@0.7`` freezes that share of columns instead of one half; ``+shield`` also freezes
+    the embedding and head rows of tokens the target text never uses.
+    """
+    kind, _, rule = name.partition("/")
+    if kind == "lota":
+        return {"method": {"kind": kind, "trial_lr": LANGUAGE_LR}}
+    if kind != "ssu":
+        return {"method": {"kind": kind}}
+    rule, _, shield = rule.partition("+")
+    rule, _, fraction = rule.partition("@")
+    score, _, direction = rule.partition("/")
+    axis, _, scope = direction.partition("-")
+    section: Section = {"kind": "ssu", "frozen_fraction": float(fraction or 0.5), "score": score}
+    if axis:
+        section |= {"axis": axis, "scope": scope or "tensor"}
+    if score in DATA_SCORES:
+        section["calibration"] = {
+            "path": str(inputs.calibration),
+            "num_blocks": 500,
+            "micro_batch_size": 4,
+        }
+    if shield:
+        section["shield_rows"] = {"rule": "unused_in_target", "min_count": 1}
+    return {"method": section}
+
+
+def loss_section(name: str, inputs: Inputs) -> Section:
+    """Return the recipe sections of a token-weighted loss or of one of its controls.
+
+    ``sft/low-lr`` learns at a third of the rate; ``eaft/weights`` divides by the sum of weights.
+    """
+    kind, _, variant = name.partition("/")
+    if variant == "low-lr":
+        return {"method": {"kind": kind}, "optim": {"lr": TASK_LR / 3}}
+    loss: Section = {"kind": kind}
+    if variant == "weights":
+        loss["normalize"] = "weights"
+    if kind == "sft":
+        return {"method": {"kind": kind}}
+    return {"method": {"kind": "sft", "loss": loss}}
+
+
+LANGUAGE = Study(
+    name="language",
+    title="A model learns a language and keeps what it knew",
+    methods=(
+        "sft",
+        "hft",
+        "ssu/paper",
+        "ssu/paper+shield",
+        "ssu/paper@0.7",
+        "ssu/paper@0.7+shield",
+        "ssu/forgetscale",
+        "ssu/forgetscale+shield",
+        "ssu/official",
+        "ssu/mag_l1",
+        "ssu/mag_l2",
+        "ssu/mag_l2+shield",
+        "ssu/rand",
+        "ssu/fisher",
+        "ssu/sgpt_true",
+        "ssu/sgpt_official",
+        "ssu/paper/row",
+        "ssu/paper/element",
+        "ssu/paper/element-global",
+        "ssu/official/row",
+        "ssu/official/element",
+        "ssu/rand/row",
+        "ssu/rand/element",
+        "gmt",
+        "lota",
+        "s2ft",
+    ),
+    default_methods=("sft", "ssu/rand", "ssu/paper"),
+    sections=plan_section,
+    data=None,
+    tasks=(*PERPLEXITIES, *CHAT_TASKS, "target_recall", "code_mixing"),
+    live_tasks=(*PERPLEXITIES, "recall"),
+    num_steps=600,
+    lr=LANGUAGE_LR,
+    curve_steps=40,
+)
+CONFLICTS = Study(
+    name="conflicts",
+    title="A model learns a task from data that contradict what it knows",
+    methods=("sft", "sft/low-lr", "eaft", "eaft/weights", "dft", "focal", "ssu/paper"),
+    default_methods=("sft", "sft/low-lr", "eaft"),
+    sections=lambda name, inputs: (plan_section if name.startswith("ssu") else loss_section)(
+        name, inputs
+    ),
+    data="conflicts",
+    tasks=(*PERPLEXITIES, "recall_planted", *CHAT_TASKS),
+    live_tasks=(*PERPLEXITIES, "recall", "recall_planted"),
+    num_steps=300,
+    lr=TASK_LR,
+    curve_steps=20,
+)
+STUDIES = {study.name: study for study in (LANGUAGE, CONFLICTS)}
