@@ -96,7 +96,7 @@ def row_power_sums(
         raise ValueError(f"power must be 1 or 2, got {power}")
     sums = torch.zeros(height, dtype=torch.float64, device=flat.device)
     weights = None if column_weights is None else column_weights.to(flat.device, torch.float64)
-    for row, first, piece in _matrix_pieces(flat, start, flat.numel(), width):
+    for row, first, piece in matrix_pieces(flat, start, flat.numel(), width):
         values = piece.double().abs_()
         if weights is not None:
             values *= weights[first : first + piece.shape[1]]
@@ -104,7 +104,7 @@ def row_power_sums(
     return sums
 
 
-def _matrix_pieces(
+def matrix_pieces(
     flat: Tensor, start: int, length: int, width: int
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Cut a slice into views of whole or partial rows: ``(first row, first column, [o, i])``."""
@@ -173,7 +173,7 @@ class SliceMask:
     def _pieces(self, flat: Tensor) -> Iterator[tuple[Tensor, slice, slice]]:
         """Yield ``[rows, columns]`` views with the columns of the matrix and rows of the slice."""
         top = self.start // self.width
-        for row, column, piece in _matrix_pieces(flat, self.start, self.length, self.width):
+        for row, column, piece in matrix_pieces(flat, self.start, self.length, self.width):
             height, width = piece.shape
             yield piece, slice(column, column + width), slice(row - top, row - top + height)
 
