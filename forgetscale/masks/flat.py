@@ -107,7 +107,14 @@ def row_power_sums(
 def matrix_pieces(
     flat: Tensor, start: int, length: int, width: int
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Cut a slice into views of whole or partial rows: ``(first row, first column, [o, i])``."""
+    """Cut a slice into views of whole or partial rows: ``(first row, first column, [o, i])``.
+
+    Args:
+        flat: The slice.
+        start: Its first element in the flattened matrix.
+        length: Elements of it to cut.
+        width: Columns of the matrix.
+    """
     head, body = split_rows(start, length, width)
     row, first = divmod(start, width)
     if head:
