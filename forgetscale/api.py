@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from forgetscale.masks import FreezePlan
+from forgetscale.masks import AdapterPair, FreezePlan
 from forgetscale.ops.losses import LossFunction, cross_entropy
 
 
@@ -43,6 +43,10 @@ class ParamShard:
 
 class ShardSet(Protocol):
     """All slices of this rank. The engine writes edits back."""
+
+    adapters: Mapping[str, AdapterPair]
+    """Adapted matrix -> names, shapes and scale of its factors; empty without an adapter. The
+    factors are slices like any other; the weights beside them have no gradient."""
 
     def __iter__(self) -> Iterator[ParamShard]:
         """Yield the slices in the same order on every rank."""

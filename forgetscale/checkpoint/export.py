@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,43 @@ def export_model(
     Raises:
         CheckpointError: A write failed on some rank; nothing half-written stays.
     """
+    publish_folder(
+        world,
+        directory,
+        kind=KIND,
+        write=lambda folder: _write_weights(engine, folder, directory, world, max_file_bytes),
+        finish=lambda folder: copy_side_files(source, folder, dtype),
+        payload=payload,
+        recipe=recipe,
+    )
+
+
+def publish_folder(
+    world: World,
+    directory: Path,
+    *,
+    kind: str,
+    write: Callable[[Path], dict[str, str]],
+    finish: Callable[[Path], None],
+    payload: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+) -> None:
+    """Let all ranks write a folder under a temporary name and publish it as an artefact.
+
+    Args:
+        world: This process among all.
+        directory: Target folder; an artefact of the same kind there is replaced.
+        kind: Kind of the artefact.
+        write: Writes files into a folder on any rank and returns all hashes. Collective.
+        finish: Writes the rest, on rank 0 alone.
+        payload: Recorded in the manifest.
+        recipe: Resolved recipe to record.
+
+    Collective: every rank must call it.
+
+    Raises:
+        CheckpointError: A write failed on some rank; nothing half-written stays.
+    """
     name = f".{directory.name}.tmp-{secrets.token_hex(4)}" if world.is_main else ""
     temporary = directory.with_name(world.broadcast(name))
     self_hash = ""
@@ -95,21 +132,21 @@ def export_model(
     def start() -> None:
         if world.is_main:
             if directory.exists():
-                read_manifest(directory, KIND)
+                read_manifest(directory, kind)
             temporary.mkdir(parents=True)
 
     try:
-        _step(world, directory, start)
-        hashes = _write_weights(engine, temporary, directory, world, max_file_bytes)
+        agreed_step(world, directory, start)
+        hashes = write(temporary)
 
-        def finish() -> None:
+        def end() -> None:
             nonlocal self_hash
             if world.is_main:
-                copy_side_files(source, temporary, dtype)
+                finish(temporary)
                 manifest = publish(
                     temporary,
                     directory,
-                    kind=KIND,
+                    kind=kind,
                     payload=payload,
                     inputs={},
                     recipe=recipe,
@@ -117,16 +154,17 @@ def export_model(
                 )
                 self_hash = manifest["self_hash"]
 
-        _step(world, directory, finish)
+        agreed_step(world, directory, end)
         self_hash = world.broadcast(self_hash)
-        _step(world, directory, lambda: wait_until_visible(directory, self_hash))
+        agreed_step(world, directory, lambda: wait_until_visible(directory, self_hash))
     except ForgetScaleError:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _step(world: World, directory: Path, work: Any) -> None:
+def agreed_step(world: World, directory: Path, work: Callable[[], None]) -> None:
+    """Do a part of an export; raise on every rank if it fails on one. Collective."""
     error: ForgetScaleError | None = None
     try:
         work()
@@ -168,12 +206,12 @@ def _write_weights(
                 fsync_path(path)
                 hashes[path.name] = hash_file(path)
 
-        _step(world, directory, write)
+        agreed_step(world, directory, write)
 
     def write_index() -> None:
         if len(files) > 1 and world.is_main:
             content = {"metadata": {"total_size": total}, "weight_map": index}
             (temporary / INDEX_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
-    _step(world, directory, write_index)
+    agreed_step(world, directory, write_index)
     return {name: digest for part in world.gather_objects(hashes) for name, digest in part.items()}

@@ -17,7 +17,7 @@ from forgetscale.cli.inputs import check_inputs
 from forgetscale.cli.recipe_options import add_recipe_options, read_recipe, running_world
 from forgetscale.config import Recipe, dump_recipe
 from forgetscale.engine.dry_run import Outlook, Trial, look_ahead, mock_steps
-from forgetscale.masks import FreezePlan
+from forgetscale.engine.protection import Protection
 from forgetscale.methods import METHODS
 from forgetscale.zero3 import launcher_rank, launcher_world_size
 
@@ -87,6 +87,7 @@ def describe(outlook: Outlook, world_size: int) -> str:
         f"parameters            {outlook.num_parameters:,}",
         f"freeze plan           {outlook.num_frozen:,} frozen ({share:.2%}), layout"
         f" {outlook.layout}; plan {outlook.plan_source}",
+        *([_adapter_line(outlook)] if outlook.num_adapter else []),
         f"steps                 {outlook.num_steps:,} of {outlook.target_tokens_per_step:,} target"
         f" tokens, {tokens:,} in all",
         f"operations per token  {outlook.flops_per_token:.3e} needed,"
@@ -99,6 +100,11 @@ def describe(outlook: Outlook, world_size: int) -> str:
     if state.offloaded:
         lines.append(f"  {'in host memory':31s} {memory.host / 1e9:10.3f} GB")
     return "\n".join(lines)
+
+
+def _adapter_line(outlook: Outlook) -> str:
+    share = outlook.num_adapter / outlook.num_parameters
+    return f"adapter               {outlook.num_adapter:,} trained, {share:.2%} of the model"
 
 
 def as_json(outlook: Outlook, trial: Trial | None, world_size: int) -> str:
@@ -128,12 +134,12 @@ def run(options: argparse.Namespace) -> None:
         check_inputs(recipe)
     world_size = options.world_size or launcher_world_size()
     device = options.device or ("cuda" if options.no_step else _device_here())
-    outlook, plan = look_ahead(recipe, world_size, make_method, device=device)
+    outlook, kept = look_ahead(recipe, world_size, make_method, device=device)
     speaks = launcher_rank() == 0
     if speaks and not options.json:
         print(dump_recipe(recipe))
         print(describe(outlook, world_size), flush=True)
-    trial = None if options.no_step else _mock(recipe, plan)
+    trial = None if options.no_step else _mock(recipe, kept)
     if speaks and options.json:
         print(as_json(outlook, trial, world_size), flush=True)
     elif speaks and trial is not None:
@@ -150,7 +156,7 @@ def _device_here() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _mock(recipe: Recipe, plan: FreezePlan | None) -> Trial:
+def _mock(recipe: Recipe, kept: Protection) -> Trial:
     with tempfile.TemporaryDirectory(prefix="forgetscale-check-") as folder:
         with running_world(Path(folder)) as (world, _):
-            return mock_steps(recipe, make_method(recipe.method), world, plan)
+            return mock_steps(recipe, make_method(recipe.method), world, kept)

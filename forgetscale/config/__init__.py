@@ -1,5 +1,6 @@
 """Recipes: dataclasses, loading, overrides, checks. Imports no torch."""
 
+from forgetscale.config.adapters import ADAPTED_METHODS, AdapterConfig, LoraAdapterConfig
 from forgetscale.config.data import (
     DataConfig,
     MixtureDataConfig,
@@ -42,6 +43,8 @@ from forgetscale.config.recipe import (
 )
 
 __all__ = [
+    "ADAPTED_METHODS",
+    "AdapterConfig",
     "CalibrationConfig",
     "CrossEntropyLossConfig",
     "DATA_SCORES",
@@ -51,6 +54,7 @@ __all__ = [
     "FisherConfig",
     "GmtMethodConfig",
     "HftMethodConfig",
+    "LoraAdapterConfig",
     "LossConfig",
     "LotaMethodConfig",
     "S2ftMethodConfig",

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from forgetscale.config.adapters import ADAPTED_METHODS, AdapterConfig
 from forgetscale.config.data import DataConfig
 from forgetscale.config.methods import MethodConfig
 from forgetscale.config.ranges import STRICT, require
@@ -205,6 +206,8 @@ class Recipe:
     """DeepSpeed JSON: only what DeepSpeed alone knows."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    adapter: AdapterConfig | None = None
+    """Low-rank factors that are trained in place of the weights; None trains the weights."""
 
     def __post_init__(self) -> None:
         """Check clashes between sections."""
@@ -217,6 +220,16 @@ class Recipe:
             self.method.kind != "gmt_official" or self.optim.max_grad_norm >= NO_CLIPPING,
             "method.kind gmt_official is trained without clipping, as published: set"
             f" optim.max_grad_norm to {NO_CLIPPING:.0e} or more, got {self.optim.max_grad_norm}",
+        )
+        require(
+            self.adapter is None or self.method.kind in ADAPTED_METHODS,
+            f"adapter: method.kind {self.method.kind} chooses which weights stay, and with an"
+            " adapter all of them do; columns, rows and elements of its factors mean nothing by"
+            f" themselves. Set method.kind to {' or '.join(ADAPTED_METHODS)}, or remove adapter",
+        )
+        require(
+            not evaluate.tasks or self.adapter is None or self.adapter.merge,
+            "evaluate.tasks are measured on the merged export, so adapter.merge must be true",
         )
         require(
             not evaluate.tasks or train.export,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from forgetscale.engine.flops import model_flops_per_token
 from forgetscale.engine.loop import accumulate, count_targets
 from forgetscale.engine.metrics import memory_bytes
 from forgetscale.engine.micro_batches import batches_of
+from forgetscale.engine.protection import Protection, adapted, find_adapters
 from forgetscale.engine.run import num_train_steps
 from forgetscale.engine.stand_in import assume_plan
 from forgetscale.engine.start import open_source, plan_layout, start_engine
-from forgetscale.masks import CompactLayout, FreezePlan
+from forgetscale.masks import CompactLayout, factor_shapes
 from forgetscale.models import build_skeleton, parameter_shapes, read_model_config
 from forgetscale.zero3 import World
 
@@ -36,8 +38,10 @@ class Outlook:
     num_parameters: int
     num_frozen: int
     """Elements the plan freezes."""
+    num_adapter: int
+    """Elements of the adapter's factors."""
     layout: str
-    """``full``, ``masked`` or ``compact``: how the engine will store the plan."""
+    """``full``, ``masked``, ``compact`` or ``adapter``: how the engine will store the plan."""
     plan_source: str
     """Where the plan comes from that this was computed with."""
     num_steps: int
@@ -59,15 +63,17 @@ class Trial:
 
 
 def layout_name(layout: CompactLayout | None) -> str:
-    """Return ``full``, ``masked`` or ``compact``."""
+    """Return ``full``, ``masked``, ``compact`` or ``adapter``."""
     if layout is None:
         return "full"
+    if layout.adapters:
+        return "adapter"
     return "compact" if layout.pieces else "masked"
 
 
 def look_ahead(
     recipe: Recipe, world_size: int, make_method: Callable[[Any], Method], *, device: str
-) -> tuple[Outlook, FreezePlan | None]:
+) -> tuple[Outlook, Protection]:
     """Compute the needs of a recipe from configuration files alone; no weights, no ranks.
 
     Args:
@@ -77,14 +83,15 @@ def look_ahead(
         device: ``cuda`` or ``cpu``, where training will compute.
 
     Returns:
-        The needs, and the plan they were computed with.
+        The needs, and what is trained, with which they were computed.
     """
     config = read_model_config(recipe.model.path, recipe.model.attn_implementation)
     skeleton = build_skeleton(config)
     shapes = parameter_shapes(skeleton)
     data = open_data(recipe.data)
     assumed = assume_plan(recipe, skeleton, data, make_method)
-    layout = plan_layout(recipe, skeleton, assumed.plan)
+    kept = adapted(assumed.plan, find_adapters(recipe, skeleton), shapes)
+    layout = plan_layout(recipe, skeleton, kept.plan, kept.adapters)
     method = make_method(recipe.method)
     trace = trace_recipe(
         recipe,
@@ -106,19 +113,20 @@ def look_ahead(
     targets_per_row = data.targets_per_row(document_mask=recipe.data.document_mask)
     outlook = Outlook(
         num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
-        num_frozen=0 if assumed.plan is None else assumed.plan.num_frozen(shapes),
+        num_frozen=0 if kept.plan is None else kept.plan.num_frozen(shapes),
+        num_adapter=sum(math.prod(s) for s in factor_shapes(kept.adapters).values()),
         layout=layout_name(layout),
-        plan_source=assumed.source,
+        plan_source="the adapter leaves every weight" if kept.adapters else assumed.source,
         num_steps=num_train_steps(recipe, targets_per_row),
         target_tokens_per_step=round(recipe.train.global_batch_size * targets_per_row),
         flops_per_token=model_flops_per_token(skeleton, layout, data.block_size),
         executed_flops_per_token=trace.flops // (recipe.train.micro_batch_size * data.block_size),
         memory=memory,
     )
-    return outlook, assumed.plan
+    return outlook, kept
 
 
-def mock_steps(recipe: Recipe, method: Method, world: World, plan: FreezePlan | None) -> Trial:
+def mock_steps(recipe: Recipe, method: Method, world: World, kept: Protection) -> Trial:
     """Run two whole steps with learning rate 0 on the first rows of the stream.
 
     The second is timed. Nothing is written, and no weight changes.
@@ -127,14 +135,16 @@ def mock_steps(recipe: Recipe, method: Method, world: World, plan: FreezePlan | 
         recipe: Resolved recipe.
         method: Its method.
         world: This process among all.
-        plan: Plan whose layout the model is built in, from ``look_ahead``.
+        kept: What is trained and how it is stored, from ``look_ahead``.
 
     Collective: every rank must call it.
     """
     data = open_data(recipe.data, recipe.model.path)
     source = open_source(recipe, world)
     mask = recipe.data.document_mask
-    engine = start_engine(recipe, world, source, plan=plan, training=True)
+    engine = start_engine(
+        recipe, world, source, plan=kept.plan, training=True, adapters=kept.adapters
+    )
     engine.set_training(True)
     stream = open_stream(
         data,

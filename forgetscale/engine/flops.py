@@ -24,8 +24,10 @@ def model_flops_per_token(skeleton: Any, layout: CompactLayout | None, block: in
     """Return the operations that forward and backward need per token, recomputation left out.
 
     Two per weight for the output, two for the gradient of the input, two for the gradient of each
-    weight that has one: a compact layout computes none for frozen columns or rows. Causal attention
-    adds ``6 * layers * heads * head size * block``.
+    weight that has one: a compact layout computes none for frozen columns or rows, an adapter none
+    for the weights beside its factors. Causal attention adds
+    ``6 * layers * heads * head size * block``. The gradients of the first layer's inputs are
+    counted although nothing needs them where the embedding is frozen.
 
     Args:
         skeleton: Source model on the meta device.
@@ -42,6 +44,8 @@ def model_flops_per_token(skeleton: Any, layout: CompactLayout | None, block: in
         if layout is not None and name in cut:
             trained = math.prod(layout.pieces[cut[name][1]].stored_shape)
         total += 4 * numel + 2 * trained
+    factors = {} if layout is None else layout.factors()
+    total += 6 * sum(math.prod(shape) for shape in factors.values())
     config = skeleton.config
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads

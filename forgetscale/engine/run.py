@@ -8,10 +8,8 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-import torch
-
 from forgetscale.api import Method
-from forgetscale.checkpoint import CheckpointStore, RunState, export_model
+from forgetscale.checkpoint import CheckpointStore, RunState, export_adapter, export_model
 from forgetscale.config import Recipe, recipe_dict
 from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import (
@@ -28,15 +26,19 @@ from forgetscale.engine.data_state import (
 from forgetscale.engine.extras import open_extras
 from forgetscale.engine.loop import Evaluate, Training, train_loop
 from forgetscale.engine.metrics import MetricsLog, RunLog
-from forgetscale.engine.plans import settle_plan
+from forgetscale.engine.protection import Protection, settle_protection
 from forgetscale.engine.start import SourceModel, open_source, start_engine
 from forgetscale.engine.stop import StopRequest
 from forgetscale.errors import AuditError, CheckpointError, ConfigError
-from forgetscale.masks import FreezePlan
 from forgetscale.progress import Progress
 from forgetscale.zero3 import DTYPES, World, ZeroEngine
 
 EXPORT_FOLDER = "export"
+
+
+def adapter_folder(directory: Path) -> Path:
+    """Return where the adapter goes that is merged in an export folder."""
+    return directory.with_name(f"{directory.name}-adapter")
 
 
 def num_train_steps(recipe: Recipe, targets_per_row: Fraction | int) -> int:
@@ -46,14 +48,6 @@ def num_train_steps(recipe: Recipe, targets_per_row: Fraction | int) -> int:
     assert recipe.train.num_target_tokens is not None
     per_step = recipe.train.global_batch_size * targets_per_row
     return -(-recipe.train.num_target_tokens // per_step)
-
-
-def _describe(plan: FreezePlan | None, source: SourceModel) -> str:
-    total = sum(torch.Size(shape).numel() for shape in source.shapes.values())
-    if plan is None:
-        return f"model: {total:,} parameters, all trained"
-    frozen = plan.num_frozen(source.shapes)
-    return f"model: {total:,} parameters, {frozen:,} frozen ({frozen / total:.1%})"
 
 
 def train(
@@ -78,13 +72,13 @@ def train(
     """
     data = open_data(recipe.data, recipe.model.path)
     source = open_source(recipe, world)
-    plan = settle_plan(recipe, world, source, method, log)
-    log(_describe(plan, source))
-    engine = start_engine(recipe, world, source, plan=plan, training=True)
+    kept = settle_protection(recipe, world, source, method, log)
+    log(kept.describe(source.shapes))
+    engine = _start(recipe, world, source, kept)
     audit = FreezeAudit(engine)
     output = recipe.run.output_dir
     store = open_store(recipe, world, log)
-    state = _resume(recipe, world, store, engine, method, plan, data, source, audit, log)
+    state = _resume(recipe, world, store, engine, method, kept, data, source, audit, log)
     world.on_main(lambda: keep_data_record(output, data))
     mask = recipe.data.document_mask
     num_steps = num_train_steps(recipe, data.targets_per_row(document_mask=mask))
@@ -124,9 +118,15 @@ def train(
     finally:
         metrics.close()
     if recipe.train.export:
-        export_run(recipe, world, source, plan, engine, state, output / EXPORT_FOLDER, log)
+        export_run(recipe, world, source, kept, engine, state, output / EXPORT_FOLDER, log)
     engine.destroy()
     return state
+
+
+def _start(recipe: Recipe, world: World, source: SourceModel, kept: Protection) -> ZeroEngine:
+    return start_engine(
+        recipe, world, source, plan=kept.plan, training=True, adapters=kept.adapters
+    )
 
 
 def _resume(
@@ -135,7 +135,7 @@ def _resume(
     store: CheckpointStore,
     engine: ZeroEngine,
     method: Method,
-    plan: FreezePlan | None,
+    kept: Protection,
     data: TrainingData,
     source: SourceModel,
     audit: FreezeAudit,
@@ -147,7 +147,7 @@ def _resume(
         target_tokens=0,
         world_size=world.size,
         data_hash=data.content_hash,
-        plan_hash=None if plan is None else plan.content_hash(),
+        plan_hash=kept.plan_hash(),
         model_hash=source.content_hash,
     )
     store.sweep()
@@ -164,7 +164,7 @@ def _resume(
                 f"{store.path(found.step)} was made with another {what}; put the old one back or"
                 " start a new run.output_dir."
             )
-    method.load_state_dict(store.load(found, engine, plan))
+    method.load_state_dict(store.load(found, engine, kept.plan))
     audit.check(found.step)
     log(f"resumed from {store.path(found.step)}")
     return replace(found, world_size=world.size)
@@ -183,14 +183,14 @@ def export_checkpoint(
     output = recipe.run.output_dir
     data = open_data(recipe.data)
     source = open_source(recipe, world)
-    plan = settle_plan(recipe, world, source, method, log)
-    engine = start_engine(recipe, world, source, plan=plan, training=True)
+    kept = settle_protection(recipe, world, source, method, log)
+    engine = _start(recipe, world, source, kept)
     audit = FreezeAudit(engine)
     store = open_store(recipe, world, log)
-    state = _resume(recipe, world, store, engine, method, plan, data, source, audit, log)
+    state = _resume(recipe, world, store, engine, method, kept, data, source, audit, log)
     if state.step == 0:
         raise CheckpointError(f"{output}/checkpoints holds no good checkpoint; train first.")
-    export_run(recipe, world, source, plan, engine, state, directory, log)
+    export_run(recipe, world, source, kept, engine, state, directory, log)
     engine.destroy()
 
 
@@ -209,18 +209,27 @@ def export_run(
     recipe: Recipe,
     world: World,
     source: SourceModel,
-    plan: FreezePlan | None,
+    kept: Protection,
     engine: ZeroEngine,
     state: RunState,
     directory: Path,
     log: Callable[[str], None],
 ) -> None:
-    """Export the model and audit the result. Collective: every rank must call it.
+    """Export the model and audit the result; an adapter is merged, and written beside it too.
+
+    Collective: every rank must call it.
 
     Raises:
         AuditError: A frozen element differs; the export is set aside under another name.
     """
     dtype = DTYPES[recipe.model.dtype]
+    payload = {"step": state.step, "plan_hash": state.plan_hash, "model_hash": state.model_hash}
+    if recipe.adapter is not None:
+        beside = adapter_folder(directory)
+        export_adapter(engine, recipe=recipe, directory=beside, payload=payload)
+        log(f"exported {beside} ({len(kept.adapters)} factor pairs)")
+        if not recipe.adapter.merge:
+            return
     export_model(
         engine,
         source=recipe.model.path,
@@ -228,12 +237,13 @@ def export_run(
         world=world,
         dtype=dtype,
         recipe=recipe_dict(recipe),
-        payload={"step": state.step, "plan_hash": state.plan_hash, "model_hash": state.model_hash},
+        payload=payload,
     )
     count = 0
-    if plan is not None:
+    fixed = kept.unmerged()
+    if fixed is not None:
         try:
-            count = audit_export(plan, source.folder, directory, world, dtype)
+            count = audit_export(fixed, source.folder, directory, world, dtype)
         except AuditError:
             aside = directory.with_name(f"{directory.name}.bad-{secrets.token_hex(4)}")
             world.on_main(lambda: str(directory.rename(aside)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from forgetscale.artifact import (
 )
 from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import engine_config
-from forgetscale.masks import CompactLayout, FreezePlan
+from forgetscale.masks import AdapterPair, CompactLayout, FreezePlan
 from forgetscale.models import (
     CausalLMWithLoss,
     SafetensorsFolder,
@@ -25,14 +26,23 @@ from forgetscale.models import (
     check_head,
     construct,
     enable_checkpointing,
+    initial_values,
     layout_for,
+    make_adapters,
     make_compact,
     parameter_shapes,
     read_model_config,
     restore_buffers,
 )
 from forgetscale.models.causal import HEAD_CHECK_POSITIONS
-from forgetscale.zero3 import DTYPES, World, ZeroEngine, build_engine, construct_partitioned
+from forgetscale.zero3 import (
+    DTYPES,
+    ReadSlice,
+    World,
+    ZeroEngine,
+    build_engine,
+    construct_partitioned,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +78,17 @@ def open_source(recipe: Recipe, world: World) -> SourceModel:
     return SourceModel(folder, config, skeleton, shapes, hash_bytes(canonical_json(digests)))
 
 
-def plan_layout(recipe: Recipe, skeleton: Any, plan: FreezePlan | None) -> CompactLayout | None:
-    """Return how the plan is stored: cut matrices, or masks alone; None without a plan."""
+def plan_layout(
+    recipe: Recipe,
+    skeleton: Any,
+    plan: FreezePlan | None,
+    adapters: Mapping[str, AdapterPair] | None = None,
+) -> CompactLayout | None:
+    """Return how the plan is stored: cut matrices, factors, or masks alone; None without a plan."""
     if plan is None:
         return None
+    if adapters:
+        return CompactLayout({}, plan, adapters)
     if getattr(recipe.method, "layout", "masked") == "compact":
         return layout_for(plan, skeleton)
     return CompactLayout({}, plan)
@@ -84,30 +101,36 @@ def start_engine(
     *,
     plan: FreezePlan | None,
     training: bool,
+    adapters: Mapping[str, AdapterPair] | None = None,
 ) -> ZeroEngine:
     """Build the partitioned model, load this rank's slices, check the output head.
+
+    Args:
+        recipe: Resolved recipe.
+        world: This process among all.
+        source: Source model.
+        plan: What may not change, or None.
+        training: Whether there is an optimizer.
+        adapters: Factors beside the weights, from ``find_adapters``; then the plan holds every
+            parameter of the source model whole.
 
     Collective: every rank must call it.
     """
     config = engine_config(recipe, world.size)
     dtype = DTYPES[recipe.model.dtype]
-    layout = plan_layout(recipe, source.skeleton, plan)
+    layout = plan_layout(recipe, source.skeleton, plan, adapters)
+    read = _reader(recipe, source, layout)
 
     def build() -> Any:
         model = construct(source.config)
         if layout is not None:
             make_compact(model, layout)
+            make_adapters(model, layout.adapters)
         return model
 
     model: Any = construct_partitioned(build, config, dtype)
     if recipe.model.activation_checkpointing:
         enable_checkpointing(model)
-
-    def read(name: str, start: int, length: int, kind: torch.dtype) -> Tensor:
-        if layout is not None and name in layout.pieces:
-            piece = layout.pieces[name]
-            return piece.take_slice(source.folder.mapped(piece.matrix), start, length).to(kind)
-        return source.folder.read_flat(name, start, length, kind)
 
     engine = build_engine(
         CausalLMWithLoss(model, recipe.train.loss_chunk_size),
@@ -123,6 +146,26 @@ def start_engine(
     if recipe.data.document_mask:
         _check_document_mask(engine, source.config.vocab_size)
     return engine
+
+
+def _reader(recipe: Recipe, source: SourceModel, layout: CompactLayout | None) -> ReadSlice:
+    """Return what gives slices of parameters: parts of the source's, or first values of factors."""
+    pieces = {} if layout is None else layout.pieces
+    pairs = {} if layout is None else layout.adapters
+    pair_of = {name: pair for pair in pairs.values() for name in pair.factor_shapes()}
+
+    def read(name: str, start: int, length: int, kind: torch.dtype) -> Tensor:
+        if name in pieces:
+            piece = pieces[name]
+            return piece.take_slice(source.folder.mapped(piece.matrix), start, length).to(kind)
+        if name in pair_of:
+            assert recipe.adapter is not None
+            seed, init = recipe.run.seed, recipe.adapter.init
+            pair = pair_of[name]
+            return initial_values(pair, name, start, length, seed=seed, init=init).to(kind)
+        return source.folder.read_flat(name, start, length, kind)
+
+    return read
 
 
 @torch.no_grad()

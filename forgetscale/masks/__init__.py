@@ -1,5 +1,6 @@
 """Freeze plans and their effect on flat slices. Pure: no process group, no DeepSpeed."""
 
+from forgetscale.masks.adapters import AdapterPair, factor_shapes
 from forgetscale.masks.bits import ElementMask, count_bits, pack_slice, unpack_bits
 from forgetscale.masks.compact import CompactLayout, Piece, compact_layout
 from forgetscale.masks.flat import (
@@ -13,6 +14,7 @@ from forgetscale.masks.plan import FreezePlan, Mask, load_plan, save_plan
 from forgetscale.masks.threshold import Cut, Segment, find_cuts, order_keys
 
 __all__ = [
+    "AdapterPair",
     "CompactLayout",
     "Cut",
     "ElementMask",
@@ -25,6 +27,7 @@ __all__ = [
     "column_power_sums",
     "compact_layout",
     "count_bits",
+    "factor_shapes",
     "find_cuts",
     "load_plan",
     "order_keys",

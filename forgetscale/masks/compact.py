@@ -11,13 +11,14 @@ Shape letters: O out features (rows), I in features (columns), P columns or rows
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
+from forgetscale.masks.adapters import AdapterPair, factor_shapes
 from forgetscale.masks.plan import FreezePlan
 
 Axis = Literal["column", "row"]
@@ -86,10 +87,17 @@ class CompactLayout:
         pieces: Parameter name -> part it holds. Names are those of the built model.
         plan: What the masks still have to freeze, in names of the built model: vectors, and
             matrices that are not cut. Frozen parts are whole parameters in it.
+        adapters: Matrix name -> low-rank factors beside it; then every weight of the source model
+            is whole in the plan.
     """
 
     pieces: Mapping[str, Piece]
     plan: FreezePlan
+    adapters: Mapping[str, AdapterPair] = field(default_factory=dict)
+
+    def factors(self) -> dict[str, tuple[int, int]]:
+        """Return name -> shape of the parameters that the source model does not have."""
+        return factor_shapes(self.adapters)
 
     def matrices(self) -> dict[str, tuple[str, str]]:
         """Return matrix name -> names of its frozen and its trainable part."""

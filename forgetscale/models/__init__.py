@@ -1,5 +1,6 @@
 """Hugging Face models: construction without weights, slices of safetensors, loss module."""
 
+from forgetscale.models.adapters import adapter_pairs, initial_values, make_adapters
 from forgetscale.models.causal import CausalLMWithLoss, check_head
 from forgetscale.models.compact import layout_for, make_compact
 from forgetscale.models.documents import check_document_mask
@@ -18,13 +19,16 @@ from forgetscale.models.weights import SafetensorsFolder
 __all__ = [
     "CausalLMWithLoss",
     "SafetensorsFolder",
+    "adapter_pairs",
     "buffer_values",
     "build_skeleton",
     "check_document_mask",
     "check_head",
     "construct",
     "enable_checkpointing",
+    "initial_values",
     "layout_for",
+    "make_adapters",
     "make_compact",
     "parameter_shapes",
     "parameters_on_meta",

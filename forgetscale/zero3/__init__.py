@@ -3,6 +3,7 @@
 from forgetscale.zero3.engine import (
     DTYPES,
     Matrix,
+    ReadSlice,
     ZeroEngine,
     build_engine,
     construct_partitioned,
@@ -20,6 +21,7 @@ from forgetscale.zero3.world import (
 __all__ = [
     "DTYPES",
     "Matrix",
+    "ReadSlice",
     "STATES",
     "Slice",
     "World",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from forgetscale.config import OptimConfig
 from forgetscale.errors import ShardError
-from forgetscale.masks import CompactLayout, FreezePlan
+from forgetscale.masks import AdapterPair, CompactLayout, FreezePlan
 from forgetscale.zero3.shards import Slice, ZeroShards, gather_slice, locate_all
 from forgetscale.zero3.world import World
 
@@ -101,6 +101,7 @@ class ZeroEngine:
         self.shards = shards
         self.world = world
         self.layout = layout
+        self._by_name = {item.name: item for item in shards.slices}
 
     @property
     def module(self) -> nn.Module:
@@ -171,10 +172,13 @@ class ZeroEngine:
     def matrices(self) -> list[Matrix]:
         """Return the source model's parameters in the model's order, with the slices they are in.
 
-        A matrix that the layout cuts has two slices here.
+        A matrix that the layout cuts has two slices here; factors of adapters are no part of it.
         """
         found: dict[str, list[Slice]] = {}
+        factors = self.layout.factors()
         for item in self.shards.slices:
+            if item.name in factors:
+                continue
             found.setdefault(self.layout.matrix_of(item.name), []).append(item)
         return [
             Matrix(
@@ -190,12 +194,19 @@ class ZeroEngine:
     def gather_working(self, matrix: Matrix, destination: int) -> Tensor | None:
         """Return a whole parameter in the model's type on ``destination``, None elsewhere.
 
+        The update of an adapter is added: in fp32, from the masters of its factors, rounded once.
         Collective: every rank must call it.
         """
         parts = [
             gather_slice(item, item.param.ds_tensor.data.view(-1), self.world.size, destination)
             for item in matrix.slices
         ]
+        pair = self.layout.adapters.get(matrix.name)
+        if pair is not None:
+            factors = self.gather_factors(pair, destination)
+            if parts[0] is None or factors is None:
+                return None
+            return (parts[0].float() + pair.delta(factors)).to(parts[0].dtype)
         if parts[0] is None or matrix.slices[0].name not in self.layout.pieces:
             return parts[0]
         whole = parts[0].new_empty(matrix.shape)
@@ -203,6 +214,20 @@ class ZeroEngine:
             assert part is not None
             self.layout.pieces[item.name].put_(whole, part)
         return whole
+
+    def gather_factors(self, pair: AdapterPair, destination: int) -> dict[str, Tensor] | None:
+        """Return the fp32 masters of a pair's factors on ``destination``, None elsewhere.
+
+        Collective: every rank must call it.
+        """
+        found: dict[str, Tensor] = {}
+        for name in pair.factor_shapes():
+            item = self._by_name[name]
+            padded = self.shards.padded_master(item)
+            whole = gather_slice(item, padded, self.world.size, destination)
+            if whole is not None:
+                found[name] = whole
+        return found or None
 
     def destroy(self) -> None:
         """Free the model, its hooks and its buffers."""
@@ -260,5 +285,6 @@ def build_engine(
     engine, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=dict(config))
     decayed = frozenset(item.name for item in trained if len(item.shape) > 1)
     plan = None if layout is None else layout.plan
-    shards = ZeroShards(engine, slices, plan, world.size, decayed)
+    adapters = {} if layout is None else layout.adapters
+    shards = ZeroShards(engine, slices, plan, world.size, decayed, adapters)
     return ZeroEngine(engine, shards, world, layout or CompactLayout({}, FreezePlan()))

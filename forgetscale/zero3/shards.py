@@ -16,7 +16,7 @@ Facts used here (DeepSpeed 0.19.8), each with a test that fails if it changes:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from forgetscale.api import ParamShard
-from forgetscale.masks import FreezePlan, Mask
+from forgetscale.masks import AdapterPair, FreezePlan, Mask
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 """What lasts from step to step for every trained element, all fp32."""
@@ -116,6 +116,7 @@ class ZeroShards:
         plan: Freeze plan, or None.
         size: Number of ranks.
         decayed: Names of parameters that weight decay applies to.
+        adapters: Adapted matrix -> its factors, which are slices of their own.
     """
 
     def __init__(
@@ -125,7 +126,9 @@ class ZeroShards:
         plan: FreezePlan | None,
         size: int,
         decayed: frozenset[str] = frozenset(),
+        adapters: Mapping[str, AdapterPair] | None = None,
     ) -> None:
+        self.adapters: Mapping[str, AdapterPair] = adapters or {}
         self._engine = engine
         self._slices = slices
         self._size = size
@@ -180,6 +183,12 @@ class ZeroShards:
         sub_group, start = self._masters[item.name]
         flat: Tensor = self._optimizer.fp32_partitioned_groups_flat[sub_group]
         return flat.detach().narrow(0, start, item.length)
+
+    def padded_master(self, item: Slice) -> Tensor:
+        """Return a copy of the fp32 master slice where the model computes, padded for a gather."""
+        padded = torch.zeros(item.param.ds_tensor.numel(), device=item.working.device)
+        padded[: item.length] = self.master(item).float()
+        return padded
 
     def gradient(self, item: Slice) -> Tensor | None:
         """Return the reduced gradient slice (a view DeepSpeed steps with), or None."""
@@ -269,9 +278,7 @@ class ZeroShards:
         found = {}
         for name in names:
             item = by_name[name]
-            padded = torch.zeros(item.param.ds_tensor.numel(), device=item.working.device)
-            padded[: item.length] = self.master(item).float()
-            whole = gather_slice(item, padded, self._size, None)
+            whole = gather_slice(item, self.padded_master(item), self._size, None)
             assert whole is not None
             found[name] = whole
         return found

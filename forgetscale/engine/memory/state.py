@@ -52,7 +52,7 @@ class StateBytes:
 
 
 def built_shapes(shapes: Shapes, layout: CompactLayout | None) -> dict[str, tuple[int, ...]]:
-    """Return the parameter shapes of the built model: matrices that a layout cuts in two parts.
+    """Return the parameter shapes of the built model: matrices cut in two parts, factors.
 
     Args:
         shapes: Parameter shapes of the source model.
@@ -65,6 +65,8 @@ def built_shapes(shapes: Shapes, layout: CompactLayout | None) -> dict[str, tupl
     for name, shape in shapes.items():
         for part in cut.get(name, (name,)):
             found[part] = layout.pieces[part].stored_shape if part in layout.pieces else shape
+        if name in layout.adapters:
+            found |= layout.adapters[name].factor_shapes()
     return found
 
 

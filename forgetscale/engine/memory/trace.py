@@ -24,6 +24,7 @@ from forgetscale.models import (
     CausalLMWithLoss,
     build_skeleton,
     enable_checkpointing,
+    make_adapters,
     make_compact,
     parameters_on_meta,
 )
@@ -252,6 +253,7 @@ def _structure(config: Any, layout: CompactLayout | None) -> Any:
     if layout is not None:
         with parameters_on_meta():
             make_compact(model, layout)
+            make_adapters(model, layout.adapters)
     return model
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from forgetscale.config import validate_recipe
 from forgetscale.data import open_data
 from forgetscale.engine.memory import state_bytes
+from forgetscale.engine.protection import adapted, find_adapters
 from forgetscale.engine.stand_in import assume_plan
 from forgetscale.engine.start import open_source, plan_layout, start_engine
 from forgetscale.methods import METHODS
@@ -23,9 +24,12 @@ def states(recipes: dict[str, dict]) -> dict[str, Any]:
         assumed = assume_plan(
             parsed, source.skeleton, open_data(parsed.data), lambda c: METHODS[c.kind](c)
         )
-        layout = plan_layout(parsed, source.skeleton, assumed.plan)
+        kept = adapted(assumed.plan, find_adapters(parsed, source.skeleton), source.shapes)
+        layout = plan_layout(parsed, source.skeleton, kept.plan, kept.adapters)
         predicted = state_bytes(parsed, source.shapes, layout, here.size)
-        engine = start_engine(parsed, here, source, plan=assumed.plan, training=True)
+        engine = start_engine(
+            parsed, here, source, plan=kept.plan, training=True, adapters=kept.adapters
+        )
         found[name] = {
             "predicted": predicted.measured_parts(),
             "measured": engine.shards.state_bytes(),

@@ -66,6 +66,7 @@ def train(recipe: dict, probe: list[list[int]] | None = None) -> dict[str, Any]:
             engine.set_training(False)
             with torch.no_grad():
                 found["logits"] = engine(torch.tensor(probe), mode="logits").float()
+        found["factors"] = shards.gather(list(engine.layout.factors()))
         found["skipped"] = engine.skipped_steps
         original_export(recipe, world, source, plan, engine, *rest)
 

@@ -23,6 +23,8 @@ def check(capsys, monkeypatch, recipe, world, *arguments: str) -> str:
     monkeypatch.chdir(ROOT)
     places = [f"model.path={world}/model", f"data.path={world}/data"]
     places += [f"run.output_dir={world}/run"]
+    if recipe.stem.endswith("-lora"):
+        places += ["adapter.rank=4"]  # the small model has matrices of 12 rows
     settings = [part for place in places for part in ("--set", place)]
     command = ["check", "--config", str(recipe), "--no-step", *settings, *arguments]
     assert main(command) == 0, capsys.readouterr().err
@@ -44,9 +46,21 @@ def test_published_recipes(capsys, monkeypatch, world, recipe):
     state = found["memory"]["state"]
     assert state["masters"] * 2 == state["moments"] > 0
     assert found["memory"]["device"] > state["weights"] + state["masters"] + state["moments"]
-    assert found["layout"] == ("full" if recipe.stem.endswith("-sft") else "compact")
+    expected = {"sft": "full", "lora": "adapter"}
+    assert found["layout"] == expected.get(recipe.stem.rpartition("-")[2], "compact")
     assert (found["num_frozen"] > 0) == (found["layout"] != "full")
     assert found["executed_flops_per_token"] > found["flops_per_token"] > 0
+
+
+def test_an_adapter_is_known_from_shapes(capsys, monkeypatch, world):
+    (lora,) = [path for path in RECIPES if path.stem.endswith("-lora")]
+    found = json.loads(check(capsys, monkeypatch, lora, world, "--json"))
+    assert found["num_frozen"] == found["num_parameters"]
+    state = found["memory"]["state"]
+    assert state["masters"] == 4 * found["num_adapter"] > 0
+    assert state["weights"] == 2 * (found["num_parameters"] + found["num_adapter"])
+    text = check(capsys, monkeypatch, lora, world)
+    assert f"adapter               {found['num_adapter']:,} trained" in text
 
 
 def test_the_table(capsys, monkeypatch, world):

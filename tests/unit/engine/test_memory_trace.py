@@ -11,13 +11,15 @@ from transformers import LlamaConfig, Olmo2Config, Qwen2Config
 from forgetscale.engine.flops import dense_rate, model_flops_per_token, utilization
 from forgetscale.engine.memory import Setting, trace_micro_batch
 from forgetscale.engine.memory.trace import BACKWARD, LOSS
-from forgetscale.masks import FreezePlan
+from forgetscale.masks import CompactLayout, FreezePlan
 from forgetscale.models import (
     CausalLMWithLoss,
+    adapter_pairs,
     build_skeleton,
     construct,
     enable_checkpointing,
     layout_for,
+    make_adapters,
     make_compact,
 )
 from forgetscale.ops.losses import cross_entropy
@@ -68,6 +70,20 @@ def half(config, axis: str = "columns"):
     return layout_for(FreezePlan(**{axis: index}), skeleton)
 
 
+def adapter(config):
+    """Return the layout of factors of rank 4 beside every matrix of the body."""
+    skeleton = build_skeleton(config)
+    pairs = adapter_pairs(skeleton, "all-linear", rank=4, scale=2.0, dropout=0.0)
+    names = frozenset(name for name, _ in skeleton.named_parameters())
+    return CompactLayout({}, FreezePlan(whole=names), pairs)
+
+
+def make_layout(config, name: str):
+    if name == "full":
+        return None
+    return adapter(config) if name == "adapter" else half(config, name)
+
+
 def largest(trace) -> int:
     """Largest bytes before the bucket is reduced at the end."""
     return max(peak for peak, _ in trace.peaks[:-1])
@@ -78,6 +94,7 @@ def real_peak(config, layout, setting: Setting) -> int:
     model = construct(config)
     if layout is not None:
         make_compact(model, layout)
+        make_adapters(model, layout.adapters)
         for name in layout.plan.whole:
             model.get_parameter(name).requires_grad_(False)
     for param in model.parameters():
@@ -103,29 +120,33 @@ def real_peak(config, layout, setting: Setting) -> int:
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("layout", ["full", "columns", "rows"])
+@pytest.mark.parametrize("layout", ["full", "columns", "rows", "adapter"])
 def test_peak_of_fake_tensors_is_that_of_real_ones(
     architecture: str, checkpointing: bool, layout: str
 ):
     config = make_config(architecture)
-    cut = None if layout == "full" else half(config, layout)
+    cut = make_layout(config, layout)
     setting = replace(SETTING, checkpointing=checkpointing)
     found = largest(trace_micro_batch(config, cut, setting, cross_entropy))
     assert found == pytest.approx(real_peak(config, cut, setting), rel=0.03)
 
 
-@pytest.mark.parametrize("layout", ["full", "columns"])
+@pytest.mark.parametrize("layout", ["full", "columns", "adapter"])
 def test_operations_are_those_of_the_formula(layout: str):
     config = make_config(num_key_value_heads=4)
-    cut = None if layout == "full" else half(config)
+    cut = make_layout(config, layout)
     tokens = SETTING.rows * SETTING.block
     found = trace_micro_batch(config, cut, SETTING, cross_entropy).flops
     needed = model_flops_per_token(build_skeleton(config), cut, SETTING.block) * tokens
     # Fused attention multiplies once more in backward; the last position has no target.
     scores = 2 * SETTING.block**2 * config.hidden_size // 2
     again = SETTING.rows * config.num_hidden_layers * scores
-    head = 6 * config.vocab_size * config.hidden_size * SETTING.rows
-    assert found == needed + again - head
+    frozen = layout == "adapter"
+    head = (4 if frozen else 6) * config.vocab_size * config.hidden_size * SETTING.rows
+    # The frozen embedding asks the first layer's queries, keys and values for no gradient.
+    width = config.hidden_size
+    inputs = 3 * 2 * (width * width + 4 * width) * tokens if frozen else 0
+    assert found == needed + again - head - inputs
 
 
 def test_recomputation_costs_a_forward_pass_of_the_layers_and_saves_activations():
