@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.filters import evaluation_ngrams, texts_of
 from data_prep.readers import ReadOptions, SourceReader, is_plain_text
 from data_prep.sources import find_sources
 from forgetscale.artifact import hash_bytes, hash_file
+from forgetscale.data.text import evaluation_ngrams, texts_of
 from forgetscale.errors import DataError
 
 

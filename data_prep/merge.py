@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.duplicates import is_held_out
 from data_prep.engine import Source
 from data_prep.ledger import Ledger
 from data_prep.units import UnitResult
 from forgetscale.data import Packer, ShardWriter
+from forgetscale.data.duplicates import is_held_out
 from forgetscale.data.format import LINE_BITS, PackedRows
 from forgetscale.data.supervision import mark_supervised, split_marked
 from forgetscale.errors import DataError

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.conversations import COLUMNS
-from data_prep.filters import FilterOptions, script_pattern
+from data_prep.filters import FilterOptions
 from data_prep.readers import ReadOptions
+from forgetscale.data.text import script_pattern
 from forgetscale.errors import ConfigError
 
 _NOT_RECORDED = ("num_processes", "log")
@@ -113,7 +114,7 @@ class BuildOptions:
         if self.holdout_output is not None and self.holdout_output == self.output:
             raise ConfigError("--holdout-output must be another folder than --output.")
         if self.script is not None:
-            script_pattern(self.script)
+            script_pattern(self.script, "--script")
 
     def _check_sft(self) -> None:
         if not self.sft:

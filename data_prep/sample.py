@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from data_prep.duplicates import exact_duplicates, near_duplicates
 from data_prep.engine import Source
 from data_prep.ledger import Ledger
 from data_prep.units import UnitResult
+from forgetscale.data.duplicates import exact_duplicates, near_duplicates
 from forgetscale.data.format import LINE_BITS
 from forgetscale.data.order import Permutation
 from forgetscale.progress import Progress

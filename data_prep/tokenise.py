@@ -12,12 +12,12 @@ import numpy as np
 from jinja2 import TemplateError
 
 from data_prep.conversations import parse_conversation
-from data_prep.duplicates import NUM_POSITIONS, hash_array, signature, text_hash
 from data_prep.encoding import Encoder, TokenizerSpec
 from data_prep.filters import DocumentFilter, FilterOptions
 from data_prep.readers import Line
 from data_prep.records import BadRecordError, Document, parse_record, parse_text, undo_escapes
 from data_prep.units import PIECE_CHARACTERS, UNIT_BYTES, Part, Unit, UnitResult, cut_text
+from forgetscale.data.duplicates import NUM_POSITIONS, hash_array, signature, text_hash
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.duplicates import text_hash
 from data_prep.encoding import TokenizerSpec, load_tokenizer
 from data_prep.options import BuildOptions
 from data_prep.records import BadRecordError
 from data_prep.supervision import Span, SpanFinder
 from data_prep.tokenise import DocumentOptions, DocumentReader, Found, document_arrays
 from data_prep.units import Unit, UnitResult
+from forgetscale.data.duplicates import text_hash
 from forgetscale.errors import ConfigError
 
 TOO_LONG = "longer than a row"

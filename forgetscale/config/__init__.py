@@ -8,12 +8,27 @@ from forgetscale.config.data import (
     SftDataConfig,
     TokenDataConfig,
 )
+from forgetscale.config.generate import (
+    DialogueFilterConfig,
+    EngineConfig,
+    GenerateConfig,
+    GenerateRecipe,
+    InstructionDialogueConfig,
+    PreQueryDialogueConfig,
+    PromptsDialogueConfig,
+    SamplingConfig,
+    SdftDialogueConfig,
+    SsrDialogueConfig,
+)
 from forgetscale.config.load import (
     apply_overrides,
     dump_recipe,
+    generate_recipe_dict,
+    load_generate_recipe,
     load_recipe,
     read_yaml,
     recipe_dict,
+    validate_generate_recipe,
     validate_recipe,
 )
 from forgetscale.config.losses import (
@@ -45,6 +60,19 @@ from forgetscale.config.recipe import (
 __all__ = [
     "ADAPTED_METHODS",
     "AdapterConfig",
+    "DialogueFilterConfig",
+    "EngineConfig",
+    "GenerateConfig",
+    "GenerateRecipe",
+    "InstructionDialogueConfig",
+    "PreQueryDialogueConfig",
+    "PromptsDialogueConfig",
+    "SamplingConfig",
+    "SdftDialogueConfig",
+    "SsrDialogueConfig",
+    "generate_recipe_dict",
+    "load_generate_recipe",
+    "validate_generate_recipe",
     "CalibrationConfig",
     "CrossEntropyLossConfig",
     "DATA_SCORES",

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from forgetscale.config.generate import GenerateRecipe
 from forgetscale.config.losses import SHORTHANDS, resolve_shorthand
 from forgetscale.config.recipe import Recipe
 from forgetscale.errors import ConfigError
@@ -92,12 +93,12 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
     return result
 
 
-def _walk(location: tuple[Any, ...]) -> tuple[str, list[Any]]:
+def _walk(location: tuple[Any, ...], root: Any) -> tuple[str, list[Any]]:
     """Return the path a user wrote for a location of pydantic's, and what sections stand there.
 
     Pydantic names the kind of a section behind its name; in a recipe that is a value.
     """
-    candidates: list[Any] = [Recipe]
+    candidates: list[Any] = [root]
     shown: list[str] = []
     for part in location:
         matching = [item for item in candidates if part in _kinds(item)]
@@ -124,13 +125,13 @@ def _dataclasses_in(hint: Any) -> list[Any]:
     return []
 
 
-def _sentence(error: Mapping[str, Any]) -> str:
+def _sentence(error: Mapping[str, Any], root: Any) -> str:
     location = tuple(error["loc"])
-    shown, sections = _walk(location)
+    shown, sections = _walk(location, root)
     kinds = sorted({kind for item in sections for kind in _kinds(item)})
     kind, value = error["type"], error.get("input")
     if kind == "unexpected_keyword_argument":
-        beside = _walk(location[:-1])[1]
+        beside = _walk(location[:-1], root)[1]
         names = sorted({item.name for section in beside for item in dataclasses.fields(section)})
         near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
         hint = f"nearest valid name: {near[0]}" if near else f"valid names: {', '.join(names)}"
@@ -167,8 +168,45 @@ def validate_recipe(values: Mapping[str, Any]) -> Recipe:
     try:
         return _ADAPTER.validate_python(dict(resolve_shorthand(values)))
     except ValidationError as error:
-        sentences = [_sentence(item) for item in error.errors(include_url=False)]
+        sentences = [_sentence(item, Recipe) for item in error.errors(include_url=False)]
         raise ConfigError("\n".join(dict.fromkeys(sentences))) from error
+
+
+_GENERATE_ADAPTER: TypeAdapter[GenerateRecipe] = TypeAdapter(GenerateRecipe)
+
+
+def validate_generate_recipe(values: Mapping[str, Any]) -> GenerateRecipe:
+    """Turn a nested mapping into the recipe of ``forgetscale generate``.
+
+    Raises:
+        ConfigError: One sentence per mistake, each with path, value and nearest valid name.
+    """
+    try:
+        return _GENERATE_ADAPTER.validate_python(dict(values))
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        sentences = [_sentence(item, GenerateRecipe) for item in found]
+        raise ConfigError("\n".join(dict.fromkeys(sentences))) from error
+
+
+def load_generate_recipe(path: Path, overrides: Iterable[str] = ()) -> GenerateRecipe:
+    """Read, override and validate the recipe of ``forgetscale generate``.
+
+    Args:
+        path: YAML file. Relative paths inside it are relative to the working folder.
+        overrides: ``path=value`` items, applied in order.
+
+    Raises:
+        ConfigError: The file, an override or a value is wrong.
+    """
+    return validate_generate_recipe(apply_overrides(read_yaml(Path(path)), overrides))
+
+
+def generate_recipe_dict(recipe: GenerateRecipe) -> dict[str, Any]:
+    """Return the resolved recipe as plain JSON values, every default written out."""
+    value = _GENERATE_ADAPTER.dump_python(recipe, mode="json")
+    assert isinstance(value, dict)
+    return value
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.duplicates import (
+from data_prep.filters import DocumentFilter, FilterOptions
+from forgetscale.data import TokenSet
+from forgetscale.data.duplicates import (
     exact_duplicates,
     hash_array,
     is_held_out,
@@ -15,15 +17,7 @@ from data_prep.duplicates import (
     signature,
     text_hash,
 )
-from data_prep.filters import (
-    DocumentFilter,
-    FilterOptions,
-    ngram_hashes,
-    script_fraction,
-    script_pattern,
-    words_of,
-)
-from forgetscale.data import TokenSet
+from forgetscale.data.text import ngram_hashes, script_fraction, script_pattern, words_of
 from forgetscale.errors import ConfigError, DataError
 
 
@@ -55,7 +49,7 @@ def test_share_of_a_script(text, script, share):
 
 
 def test_unknown_script():
-    with pytest.raises(ConfigError, match="--script Klingon is no Unicode script"):
+    with pytest.raises(ConfigError, match="script Klingon is no Unicode script"):
         script_pattern("Klingon")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt32, UInt64
 
-from data_prep.filters import words_of
+from forgetscale.data.text import words_of
 from forgetscale.errors import ConfigError
 
 NUM_POSITIONS = 128
@@ -56,7 +56,7 @@ def load_rensa() -> Any:
         import rensa
     except ImportError as error:
         raise ConfigError(
-            "--deduplicate near needs the package rensa; install forgetscale[prep]."
+            "near duplicates need the package rensa; install forgetscale[prep]."
         ) from error
     return rensa
 

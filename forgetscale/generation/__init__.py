@@ -1,0 +1,1 @@
+"""Self-dialogues and answers: independent workers, every id exactly once."""

@@ -1,0 +1,160 @@
+"""Drawing tokens with noise that depends on seed, position and token alone.
+
+Gumbel-max: the token with the largest ``log p + G(seed, position, token)`` has the probability
+``p``. Each ``G`` comes from a hash of its three keys, so no generator has a state, and a row's
+token depends on that row's logits and keys only. The restricted distribution is exact: temperature
+first, then the ``top_k`` most probable tokens, then the smallest prefix of them with at least
+``top_p`` of their probability; of equal logits the lower id comes first.
+
+Shape letters: R rows, V vocabulary, K candidates.
+
+Source: S. Vigna's splitmix64 (2015) as the hash; E. J. Gumbel (1954) for the maximum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
+_FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_SECOND = -7723592293110705685  # 0x94D049BB133111EB
+_CANDIDATES = 1024
+"""Tokens looked at first; enough for all but very flat distributions."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """How the token of each row is drawn.
+
+    Attributes:
+        seeds: Seed of each row.
+        positions: Position of the new token in its dialogue.
+        temperature: >= 0; 0 takes the most probable token.
+        top_p: In (0, 1].
+        top_k: >= 0; 0: no limit.
+    """
+
+    seeds: Int64[Tensor, " R"]
+    positions: Int64[Tensor, " R"]
+    temperature: Float64[Tensor, " R"]
+    top_p: Float64[Tensor, " R"]
+    top_k: Int64[Tensor, " R"]
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    """Return the unsigned shift to the right of signed 64-bit numbers."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(value: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
+    """Return the splitmix64 finaliser of each number; products wrap."""
+    value = (value ^ _shift(value, 30)) * _FIRST
+    value = (value ^ _shift(value, 27)) * _SECOND
+    return value ^ _shift(value, 31)
+
+
+def gumbel_noise(
+    seeds: Int64[Tensor, " R"], positions: Int64[Tensor, " R"], tokens: Int64[Tensor, "R K"]
+) -> Float64[Tensor, "R K"]:
+    """Return standard Gumbel noise for every row and token.
+
+    Args:
+        seeds: Seed of each row.
+        positions: Position of the new token of each row.
+        tokens: Token ids that noise is wanted for.
+    """
+    rows = mix(mix(seeds + _GOLDEN) ^ (positions * _GOLDEN))
+    bits = mix(mix(rows[:, None] + (tokens + 1) * _GOLDEN))
+    uniform = (_shift(bits, 11).to(torch.float64) + 0.5) * 2.0**-53
+    return -torch.log(-torch.log(uniform))
+
+
+def draw_tokens(
+    logits: Float[Tensor, "R V"], rows: RowSampling
+) -> tuple[Int64[Tensor, " R"], Float64[Tensor, "R V"]]:
+    """Draw one token for each row.
+
+    Args:
+        logits: Raw scores of the next token; finite.
+        rows: How each row is drawn.
+
+    Returns:
+        Token ids, and the log-probabilities at temperature 1 without restriction.
+    """
+    wide = logits.to(torch.float64)
+    log_probs = wide - torch.logsumexp(wide, dim=1, keepdim=True)
+    greedy = rows.temperature == 0
+    scaled = wide / torch.where(greedy, 1.0, rows.temperature)[:, None]
+    scaled = scaled - torch.logsumexp(scaled, dim=1, keepdim=True)
+    tokens = torch.argmax(scaled, dim=1)
+    is_restricted = (rows.top_p < 1) | (rows.top_k > 0)
+    for restricted in (False, True):
+        chosen = torch.nonzero((is_restricted == restricted) & ~greedy).flatten()
+        if not len(chosen):
+            continue
+        part = RowSampling(
+            rows.seeds[chosen],
+            rows.positions[chosen],
+            rows.temperature[chosen],
+            rows.top_p[chosen],
+            rows.top_k[chosen],
+        )
+        if restricted:
+            tokens[chosen] = _draw_restricted(scaled[chosen], part)
+        else:
+            every = torch.arange(scaled.shape[1], device=scaled.device).expand(len(chosen), -1)
+            noise = gumbel_noise(part.seeds, part.positions, every)
+            tokens[chosen] = torch.argmax(scaled[chosen] + noise, dim=1)
+    return tokens, log_probs
+
+
+def _draw_restricted(scaled: Float64[Tensor, "R V"], rows: RowSampling) -> Int64[Tensor, " R"]:
+    """Draw from the restricted distribution of normalised log-probabilities."""
+    size = scaled.shape[1]
+    count = min(size, _CANDIDATES)
+    values, ids = _ordered(scaled, count)
+    if count < size and not bool(_is_enough(values, rows).all()):
+        values, ids = _ordered(scaled, size)
+    keep = kept_candidates(values, rows.top_p, rows.top_k)
+    noise = gumbel_noise(rows.seeds, rows.positions, ids)
+    scores = torch.where(keep, values + noise, -torch.inf)
+    return ids.gather(1, torch.argmax(scores, dim=1, keepdim=True))[:, 0]
+
+
+def _ordered(
+    scaled: Float64[Tensor, "R V"], count: int
+) -> tuple[Float64[Tensor, "R K"], Int64[Tensor, "R K"]]:
+    """Return the ``count`` most probable tokens, most probable first, then by id."""
+    ids = torch.topk(scaled, count, dim=1).indices.sort(dim=1).values
+    values, order = torch.sort(scaled.gather(1, ids), dim=1, descending=True, stable=True)
+    return values, ids.gather(1, order)
+
+
+def _is_enough(values: Float64[Tensor, "R K"], rows: RowSampling) -> Bool[Tensor, " R"]:
+    """Return whether the candidates hold every token that may be drawn."""
+    by_count = (rows.top_k > 0) & (rows.top_k <= values.shape[1])
+    return by_count | (values.exp().sum(1) >= rows.top_p)
+
+
+def kept_candidates(
+    values: Float64[Tensor, "R K"], top_p: Float64[Tensor, " R"], top_k: Int64[Tensor, " R"]
+) -> Bool[Tensor, "R K"]:
+    """Return which candidates may be drawn; the first one always may.
+
+    Args:
+        values: Log-probabilities, most probable first.
+        top_p: In (0, 1].
+        top_k: >= 0; 0: no limit.
+    """
+    ranks = torch.arange(values.shape[1], device=values.device)
+    within = (top_k[:, None] == 0) | (ranks < top_k[:, None])
+    mass = torch.where(within, values.exp(), 0.0)
+    whole = torch.where(top_k > 0, mass.sum(1), 1.0)[:, None]
+    before = torch.cumsum(mass, dim=1) - mass
+    keep = within & (before < top_p[:, None] * whole)
+    keep[:, 0] = True
+    return keep

@@ -1,0 +1,322 @@
+"""One worker: takes shards, keeps its engine full, journals, seals. No word with other workers.
+
+Loop: while the engine has room, submit the next id of the shards this worker owns, taking another
+shard when those run out; let the engine work; journal what ended; seal a shard when its last id
+has ended. Slots are filled across shards, so a long dialogue at the end of one does not stop the
+others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from forgetscale.errors import DataError, ForgetScaleError, StoppedEarly
+from forgetscale.generation.engines.base import Dialogue, Engine
+from forgetscale.generation.leases import Lease, highest_epochs
+from forgetscale.generation.plan import SamplePlan
+from forgetscale.generation.records import ACCEPTED, FAILED, STATES, Sample
+from forgetscale.generation.store import Journal, RunStore
+
+_EARLY_IDS = 256
+_STUCK_LEASES = 20
+_LOG_SECONDS = 5.0
+
+
+class DialogueSource(Protocol):
+    """Begins the dialogue of each id."""
+
+    def start(self, sample_id: int, attempt: int) -> Dialogue:
+        """Return the dialogue of an id at its beginning; a function of its arguments alone."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """How a worker works; nothing of this changes what is written.
+
+    Attributes:
+        name: Name of the worker, not used by another one.
+        lease_seconds: See ``LeaseTable``.
+        journal_rows: See ``Journal``.
+        max_attempts: Tries of an id that fails, > 0.
+        min_accepted_fraction: Stop if less is accepted, 0..1.
+        order: Order in which the ids of a shard are begun.
+    """
+
+    name: str
+    lease_seconds: float = 60.0
+    journal_rows: int = 8
+    max_attempts: int = 3
+    min_accepted_fraction: float = 0.0
+    order: Callable[[Sequence[int]], Sequence[int]] = tuple
+
+
+def worker_name() -> str:
+    """Return a name that no other worker has."""
+    return f"{socket.gethostname()}-{os.getpid()}-{time.time_ns() % 10**9:09d}"
+
+
+@dataclass(slots=True)
+class _Held:
+    """A shard this worker owns."""
+
+    lease: Lease
+    journal: Journal
+    waiting: deque[int]
+    size: int
+    done: dict[int, Sample] = field(default_factory=dict)
+
+
+class Worker:
+    """Generates shards until there are no more.
+
+    Args:
+        store: The run.
+        plan: Its ids.
+        source: Begins dialogues.
+        engine: Runs the model.
+        settings: How it works.
+        report: Told done and total ids and a note, from time to time.
+        should_stop: Asked between steps; True ends the worker with its work kept.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        plan: SamplePlan,
+        source: DialogueSource,
+        engine: Engine,
+        settings: WorkerSettings,
+        *,
+        report: Callable[[int, int, str], None] = lambda done, total, note: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._store = store
+        self._plan = plan
+        self._source = source
+        self._engine = engine
+        self._settings = settings
+        self._report = report
+        self._should_stop = should_stop
+        self._leases = store.leases(settings.name, settings.lease_seconds)
+        self._held: dict[int, _Held] = {}
+        self._lock = threading.Lock()
+        self._last_step = time.monotonic()
+        self._heart_error: OSError | None = None
+        self._log = _WorkerLog(store.directory / "workers" / f"{settings.name}.jsonl")
+
+    def run(self) -> None:
+        """Work until every shard of the present round is sealed, by this worker or others.
+
+        Raises:
+            DataError: Hardly anything is accepted.
+            StoppedEarly: ``should_stop`` said so.
+            ForgetScaleError: The disk is full.
+        """
+        stop = threading.Event()
+        heart = threading.Thread(target=self._beat, args=(stop,), daemon=True)
+        heart.start()
+        try:
+            while self._advance():
+                pass
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ForgetScaleError(
+                f"{self._store.directory} has no space left; make room and start the workers again:"
+                " finished dialogues are kept."
+            ) from error
+        finally:
+            stop.set()
+            heart.join()
+            self._let_go()
+
+    def _advance(self) -> bool:
+        """Do one round of work; return False when there is nothing left to do."""
+        if self._heart_error is not None:
+            raise self._heart_error
+        if self._should_stop():
+            for held in self._held.values():
+                held.journal.flush()
+            raise StoppedEarly("stopped on request; start the same command again to go on.")
+        has_more = self._fill()
+        self._last_step = time.monotonic()
+        if self._engine.num_busy:
+            for dialogue in self._engine.step():
+                self._finish(dialogue)
+            return True
+        if has_more:
+            time.sleep(min(1.0, self._settings.lease_seconds / 10))
+        return has_more
+
+    def _fill(self) -> bool:
+        """Submit ids while there is room; return whether shards of others are still unsealed."""
+        while self._engine.num_free:
+            shard = next((k for k, held in self._held.items() if held.waiting), None)
+            if shard is None:
+                shard, unsealed = self._take_shard()
+                if shard is None:
+                    return unsealed or bool(self._held)
+                continue
+            sample_id = self._held[shard].waiting.popleft()
+            self._engine.submit(self._source.start(sample_id, 0))
+        return True
+
+    def _take_shard(self) -> tuple[int | None, bool]:
+        """Own another shard if one is free; say whether any is unsealed."""
+        sealed = self._store.sealed()
+        shards = range(self._plan.num_shards(self._store))
+        unsealed = [shard for shard in shards if shard not in sealed]
+        epochs = highest_epochs(self._store.directory / "leases") if unsealed else {}
+        for shard in unsealed:
+            if shard in self._held:
+                continue
+            lease = self._leases.acquire(shard, epochs.get(shard, 0))
+            if lease is None:
+                continue
+            if self._store.shard_path(shard).exists():  # sealed since the folder was listed
+                self._store.clean(shard, self._leases)
+                continue
+            self._begin(lease)
+            return shard, True
+        return None, bool(unsealed)
+
+    def _begin(self, lease: Lease) -> None:
+        """Go on with a shard from the journals of its earlier owners."""
+        ids = self._plan.shard_ids(lease.shard)
+        done = self._store.recover(lease.shard)
+        path = self._store.journal_path(lease.shard, lease.epoch)
+        journal = Journal(path, self._store.schema, self._settings.journal_rows)
+        waiting = deque(self._settings.order([item for item in ids if item not in done]))
+        held = _Held(lease, journal, waiting, len(ids), done)
+        with self._lock:
+            self._held[lease.shard] = held
+        if len(done) == len(ids):
+            self._seal(held)
+
+    def _finish(self, dialogue: Dialogue) -> None:
+        """Keep a finished sample, or try a failed one again."""
+        shard = dialogue.sample_id // self._plan.shard_size
+        sample = dialogue.sample()
+        self._log.add(sample)
+        held = self._held.get(shard)
+        if held is None:  # the shard was taken over
+            return
+        if sample.state == FAILED and sample.attempt + 1 < self._settings.max_attempts:
+            self._engine.submit(self._source.start(sample.sample_id, sample.attempt + 1))
+            return
+        if not held.lease.is_current():
+            self._drop(shard)
+            return
+        held.done[sample.sample_id] = sample
+        held.journal.add(sample)
+        if len(held.done) == held.size:
+            self._seal(held)
+
+    def _seal(self, held: _Held) -> None:
+        shard = held.lease.shard
+        self._store.seal(held.lease, list(held.done.values()))
+        self._drop(shard)
+        self._store.clean(shard, self._leases)
+        self._log.write()
+        self._check_yield()
+
+    def _drop(self, shard: int) -> None:
+        with self._lock:
+            held = self._held.pop(shard)
+        held.journal.close()
+
+    def _let_go(self) -> None:
+        """Give unfinished shards back; on a full disk others find out after ``lease_seconds``."""
+        for shard, held in list(self._held.items()):
+            self._drop(shard)
+            with contextlib.suppress(OSError):
+                if held.lease.is_current():
+                    held.lease.release()
+        with contextlib.suppress(OSError):
+            self._log.write()
+
+    def _check_yield(self) -> None:
+        """Report progress; stop a run that would reject nearly everything."""
+        sealed = sorted(self._store.sealed())
+        counts: Counter[str] = Counter()
+        for shard in sealed:
+            counts += self._store.counts(shard)
+        finished = sum(counts[state] for state in STATES)
+        total = self._plan.num_shards(self._store) * self._plan.shard_size
+        self._report(finished, total, f"{counts[ACCEPTED]} accepted")
+        if finished >= _EARLY_IDS:
+            require_yield(counts, self._settings.min_accepted_fraction, self._store.directory)
+
+    def _beat(self, stop: threading.Event) -> None:
+        """Show life for all shards while the main loop moves."""
+        lease_seconds = self._settings.lease_seconds
+        while not stop.wait(lease_seconds / 5):
+            if time.monotonic() - self._last_step > _STUCK_LEASES * lease_seconds:
+                continue  # stuck: others may take over
+            with self._lock:
+                try:
+                    for held in self._held.values():
+                        if held.lease.is_current():
+                            held.lease.show_life()
+                except OSError as error:
+                    self._heart_error = error
+                    return
+
+
+def require_yield(counts: Counter[str], least: float, directory: Path) -> None:
+    """Refuse to go on where hardly anything is accepted.
+
+    Args:
+        counts: Samples by state, and by ``STATE/REASON``.
+        least: Least accepted share, 0..1.
+        directory: Named in the error.
+
+    Raises:
+        DataError: Less is accepted; the message gives the reasons.
+    """
+    finished = sum(counts[state] for state in STATES)
+    if finished and counts[ACCEPTED] >= max(least * finished, 1):
+        return
+    reasons = [(count, name) for name, count in counts.items() if "/" in name]
+    shown = ", ".join(f"{name} {count}" for count, name in sorted(reasons, reverse=True)[:5])
+    raise DataError(
+        f"only {counts[ACCEPTED]} of {finished} dialogues in {directory} are accepted ({shown});"
+        " look at the shards there, then change generate.dialogue or generate.filters and name"
+        " another generate.output_dir."
+    )
+
+
+class _WorkerLog:
+    """What this worker did when, for ``--status``: the only place with clocks in it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._counts: dict[str, Any] = {"samples": 0, "tokens": 0}
+        self._start = time.monotonic()
+        self._last = self._start
+
+    def add(self, sample: Sample) -> None:
+        """Count a sample; write a line now and then."""
+        self._counts["samples"] += 1
+        self._counts["tokens"] += sample.num_generated_tokens
+        if time.monotonic() - self._last > _LOG_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Write a line."""
+        self._last = time.monotonic()
+        line = {"time": time.time(), "seconds": self._last - self._start, **self._counts}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
