@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "run a recipe; starts again where it stopped",
     "evaluate": "measure a model folder on tasks",
     "export": "checkpoint -> Hugging Face folder",
+    "preflight": "look at every node before a job over several (launch/slurm.sh does)",
     "report": "one or more runs -> report.html and report.json",
 }
 

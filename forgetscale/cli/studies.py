@@ -18,6 +18,7 @@ Section = dict[str, Any]
 LANGUAGE_LR = 3e-4
 TASK_LR = 3e-4
 CHAT_TASKS = ("recall", "compliance", "refusal", "over_refusal")
+_GATE_CONTROLS = {"equal-gate": "constant_gate", "random-gate": "random_gate"}
 PERPLEXITIES = ("perplexity/source", "perplexity/target")
 
 
@@ -104,16 +105,21 @@ def plan_section(name: str, inputs: Inputs) -> Section:
 def loss_section(name: str, inputs: Inputs) -> Section:
     """Return the recipe sections of a token-weighted loss or of one of its controls.
 
-    ``sft/low-lr`` learns at a third of the rate; ``eaft/weights`` divides by the sum of weights.
+    ``sft/low-lr`` learns at a third of the rate, ``sft/equal-gate`` and ``sft/random-gate`` give
+    tokens the mean weight that ``eaft`` gave them: one and the same, or at random.
+    ``eaft/weights`` divides by the sum of weights.
     """
     kind, _, variant = name.partition("/")
     if variant == "low-lr":
         return {"method": {"kind": kind}, "optim": {"lr": TASK_LR / 3}}
-    loss: Section = {"kind": kind}
-    if variant == "weights":
-        loss["normalize"] = "weights"
+    if variant in _GATE_CONTROLS:
+        loss = {"kind": _GATE_CONTROLS[variant], "mean_gate": inputs.mean_gate()}
+        return {"method": {"kind": "sft", "loss": loss}}
     if kind == "sft":
         return {"method": {"kind": kind}}
+    loss = {"kind": kind}
+    if variant == "weights":
+        loss["normalize"] = "weights"
     return {"method": {"kind": "sft", "loss": loss}}
 
 
@@ -160,16 +166,26 @@ LANGUAGE = Study(
 CONFLICTS = Study(
     name="conflicts",
     title="A model learns a task from data that contradict what it knows",
-    methods=("sft", "sft/low-lr", "eaft", "eaft/weights", "dft", "focal", "ssu/paper"),
-    default_methods=("sft", "sft/low-lr", "eaft"),
+    methods=(
+        "sft",
+        "sft/low-lr",
+        "sft/equal-gate",
+        "sft/random-gate",
+        "eaft",
+        "eaft/weights",
+        "dft",
+        "focal",
+        "ssu/paper",
+    ),
+    default_methods=("sft", "sft/equal-gate", "sft/random-gate", "eaft"),
     sections=lambda name, inputs: (plan_section if name.startswith("ssu") else loss_section)(
         name, inputs
     ),
     data="conflicts",
     tasks=(*PERPLEXITIES, "recall_planted", *CHAT_TASKS),
     live_tasks=(*PERPLEXITIES, "recall", "recall_planted"),
-    num_steps=300,
+    num_steps=160,
     lr=TASK_LR,
-    curve_steps=20,
+    curve_steps=8,
 )
 STUDIES = {study.name: study for study in (LANGUAGE, CONFLICTS)}

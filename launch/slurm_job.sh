@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# The inside of a SLURM job, started by launch/slurm.sh (or by hand in an allocation of salloc):
+#   bash launch/slurm_job.sh [NAME=VALUE...] JOB [ARGUMENT...]
+# The first node looks for a free port, every node is looked at, then one deepspeed launcher a node
+# starts the job. The exit code is the job's; 75 puts the job back into the queue.
+set -uo pipefail
+
+fail() {
+  echo "launch/slurm_job.sh: $1" >&2
+  exit 2
+}
+
+while [[ "${1:-}" =~ ^FORGETSCALE_[A-Z]+= ]]; do
+  export "${1?}"
+  shift
+done
+: "${FORGETSCALE_REPOSITORY:="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"}"
+: "${FORGETSCALE_PYTHON:="$FORGETSCALE_REPOSITORY/.venv/bin/python"}"
+: "${FORGETSCALE_SHARED:=$PWD}"
+export FORGETSCALE_REPOSITORY FORGETSCALE_PYTHON FORGETSCALE_SHARED
+
+# What one task of a step runs. USR1 goes to every process of a step: launchers must outlive it,
+# training takes it as the request to stop. How the task ended is noted, since srun ends the others
+# when one fails and then reports the largest of all exit codes.
+on_node() {
+  trap '' USR1
+  if [ -n "${FORGETSCALE_SETUP:-}" ]; then
+    # shellcheck disable=SC1090
+    source "$FORGETSCALE_SETUP" || fail "--setup: $FORGETSCALE_SETUP failed on ${SLURMD_NODENAME:-this node}."
+  fi
+  export PYTHONPATH="$FORGETSCALE_REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
+  : "${OMP_NUM_THREADS:=1}"
+  export OMP_NUM_THREADS
+  # A prefix is a command with its words, as written by the user.
+  # shellcheck disable=SC2206
+  local start=(${FORGETSCALE_PREFIX:-} "$FORGETSCALE_PYTHON")
+  if [ "$1" = launch ]; then
+    shift
+    start+=("$(dirname "$FORGETSCALE_PYTHON")/deepspeed"
+      --hostfile "$FORGETSCALE_SCRATCH/hostfile" --no_ssh --node_rank "$SLURM_NODEID"
+      --master_addr "$FORGETSCALE_MASTER" --master_port "$FORGETSCALE_PORT" --module forgetscale)
+  fi
+  "${start[@]}" "$@"
+  local status=$?
+  echo "$(date +%s.%N) $status ${SLURMD_NODENAME:-}" \
+    > "$FORGETSCALE_SCRATCH/end-$SLURM_STEP_ID-$SLURM_PROCID"
+  return "$status"
+}
+if [ "${1:-}" = on-node ]; then
+  shift
+  on_node "$@"
+  exit
+fi
+
+[ "$#" -gt 0 ] || fail "no job was named; see bash launch/slurm.sh --help."
+[ -n "${SLURM_JOB_ID:-}" ] || fail "no SLURM allocation (SLURM_JOB_ID is not set); submit with launch/slurm.sh or start it inside salloc."
+trap '' USR1
+self="$FORGETSCALE_REPOSITORY/launch/slurm_job.sh"
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+[ "${#nodes[@]}" -eq "$SLURM_JOB_NUM_NODES" ] \
+  || fail "scontrol names ${#nodes[@]} nodes, the allocation has $SLURM_JOB_NUM_NODES; look at SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST."
+gpus="${SLURM_GPUS_ON_NODE:-0}"
+: "${FORGETSCALE_PROCESSES:=$((gpus > 0 ? gpus : 1))}"
+[ "$gpus" -eq 0 ] || [ "$FORGETSCALE_PROCESSES" -le "$gpus" ] \
+  || fail "--processes-per-node=$FORGETSCALE_PROCESSES, but ${nodes[0]} has $gpus GPUs in this job; ask for more or start fewer."
+address="$(scontrol show node "${nodes[0]}" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')"
+FORGETSCALE_MASTER="${address:-${nodes[0]}}"
+export FORGETSCALE_MASTER FORGETSCALE_PROCESSES
+
+FORGETSCALE_SCRATCH="$(mktemp -d "$FORGETSCALE_SHARED/.forgetscale-job-$SLURM_JOB_ID-XXXXXX")" \
+  || fail "no folder can be made in $FORGETSCALE_SHARED; name one that all nodes see with --shared=DIR."
+export FORGETSCALE_SCRATCH
+trap 'rm -rf "$FORGETSCALE_SCRATCH"' EXIT
+
+# Run a step; its status is that of the task that failed first.
+step() {
+  srun --kill-on-bad-exit=1 --export=ALL "$@"
+  local status=$? first
+  if [ "$status" -ne 0 ]; then
+    first="$(cat "$FORGETSCALE_SCRATCH"/end-* 2>/dev/null | awk '$2 != 0' | sort -n | head -n 1)"
+    if [ -n "$first" ]; then
+      status="$(echo "$first" | cut -d ' ' -f 2)"
+      echo "job $SLURM_JOB_ID: ended first with $status: ${first##* }" >&2
+    fi
+  fi
+  rm -f "$FORGETSCALE_SCRATCH"/end-*
+  return "$status"
+}
+free_port() {
+  local first=$((20000 + (SLURM_JOB_ID * 13 + ${SLURM_RESTART_COUNT:-0} * 101) % 20000))
+  step --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" bash "$self" on-node \
+    -m forgetscale.zero3.preflight "$first" | tail -n 1
+}
+on_all_nodes() {
+  step --ntasks-per-node=1 --ntasks="${#nodes[@]}" bash "$self" on-node "$@"
+}
+collective() {
+  FORGETSCALE_PORT="$(free_port)"
+  [[ "$FORGETSCALE_PORT" =~ ^[0-9]+$ ]] \
+    || fail "${nodes[0]} has no free port for the job; see the lines above."
+  export FORGETSCALE_PORT
+  if [ "${FORGETSCALE_PREFLIGHT:-yes}" = yes ]; then
+    on_all_nodes -m forgetscale preflight --processes "$FORGETSCALE_PROCESSES" \
+      --shared "$FORGETSCALE_SHARED" --master "$FORGETSCALE_MASTER:$FORGETSCALE_PORT" || return
+  fi
+  printf "%s slots=$FORGETSCALE_PROCESSES\n" "${nodes[@]}" > "$FORGETSCALE_SCRATCH/hostfile"
+  on_all_nodes launch "$@"
+}
+
+case "$1" in
+  train | calibrate | evaluate | export | check) collective "$@" ;;
+  generate)
+    step --ntasks-per-node="$FORGETSCALE_PROCESSES" bash "$self" on-node -m forgetscale "$@" ;;
+  prepare)
+    shift
+    step --mpi=pmi2 --ntasks-per-node="$FORGETSCALE_PROCESSES" bash "$self" on-node -m data_prep build "$@" ;;
+  verify)
+    step --nodes=1 --ntasks=1 bash "$self" on-node -m data_prep "$@" ;;
+  report)
+    step --nodes=1 --ntasks=1 bash "$self" on-node -m forgetscale "$@" ;;
+  *) fail "'$1' is no job; see bash launch/slurm.sh --help." ;;
+esac
+status=$?
+if [ "$status" -eq 75 ]; then
+  echo "job $SLURM_JOB_ID stopped early and safe; it is queued again"
+  scontrol requeue "$SLURM_JOB_ID" || echo "launch/slurm_job.sh: SLURM did not requeue job $SLURM_JOB_ID; submit it again, it goes on where it stopped." >&2
+  # The requeue ends this script; until then it must not end the job.
+  rm -rf "$FORGETSCALE_SCRATCH"
+  sleep 60
+fi
+exit "$status"
