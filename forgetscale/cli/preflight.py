@@ -69,9 +69,7 @@ def describe(report: NodeReport, slowest: str) -> str:
     )
 
 
-def _slowest_of(
-    rank: int, names: Sequence[str], links: Sequence[tuple[int, int, float]]
-) -> str:
+def _slowest_of(rank: int, names: Sequence[str], links: Sequence[tuple[int, int, float]]) -> str:
     own = [(seconds, b if a == rank else a) for a, b, seconds in links if rank in (a, b)]
     if not own:
         return "alone"

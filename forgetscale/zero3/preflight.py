@@ -162,7 +162,9 @@ def rounds_of_pairs(size: int) -> list[list[tuple[int, int]]]:
     for _ in range(len(places) - 1):
         half = len(places) // 2
         facing = zip(places[:half], reversed(places[half:]), strict=True)
-        rounds.append([(min(a, b), max(a, b)) for a, b in facing if a is not None and b is not None])
+        rounds.append(
+            [(min(a, b), max(a, b)) for a, b in facing if a is not None and b is not None]
+        )
         places = [places[0], places[-1], *places[1:-1]]
     return rounds
 
@@ -184,7 +186,9 @@ class Nodes:
         self.rank, self.size = rank, size
         limit = datetime.timedelta(seconds=TIMEOUT_SECONDS)
         try:
-            self._store = dist.TCPStore(master, port, size, rank == 0, timeout=limit)
+            self._store = dist.TCPStore(  # type: ignore[attr-defined]
+                master, port, size, rank == 0, timeout=limit
+            )
         except (RuntimeError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise ForgetScaleError(
@@ -250,7 +254,7 @@ class Nodes:
         device = torch.device("cuda", 0) if gpu else torch.device("cpu")
         dist.init_process_group(
             "nccl" if gpu else "gloo",
-            store=dist.PrefixStore("links", self._store),
+            store=dist.PrefixStore("links", self._store),  # type: ignore[attr-defined]
             rank=self.rank,
             world_size=self.size,
             timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS),
