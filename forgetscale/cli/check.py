@@ -74,6 +74,7 @@ def describe(outlook: Outlook, world_size: int) -> str:
         *([(f"gradients to step with{host}", state.step_gradients)] if state.offloaded else []),
         ("gradient bucket", memory.bucket),
         ("buffers of the model", memory.buffers),
+        *([("frozen source model", memory.reference)] if memory.reference else []),
         ("gathered parameters", memory.gathered),
         ("activations", memory.activations),
         ("loss", memory.loss),

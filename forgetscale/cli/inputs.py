@@ -5,6 +5,7 @@ from __future__ import annotations
 from forgetscale.config import Recipe
 from forgetscale.data import TokenSet, open_data, require_same_tokenizer, require_vocabulary
 from forgetscale.engine.data_state import read_run_skips
+from forgetscale.engine.extras import check_reference
 from forgetscale.errors import ConfigError
 from forgetscale.evaluation.reuse import is_live_task
 from forgetscale.evaluation.tasks import check_task_names
@@ -39,6 +40,7 @@ def check_inputs(recipe: Recipe) -> None:
     for part in data.parts:
         require_vocabulary(part.token_set, config.vocab_size, recipe.model.path)
     read_run_skips(recipe, data)
+    check_reference(recipe, data, config.vocab_size)
     calibration = getattr(recipe.method, "calibration", None)
     if calibration is not None:
         require_same_tokenizer(TokenSet(calibration.path), recipe.model.path)

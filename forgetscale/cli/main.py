@@ -21,6 +21,7 @@ COMMANDS = {
     "quickstart": "learn a language and measure what was forgotten, on this machine, in minutes",
     "check": "resolve a recipe, print it, estimate memory, run one mock step, stop",
     "calibrate": "source data -> importance scores -> freeze plan",
+    "analyze": "look at model and data: keep predictions, see what fights the model",
     "train": "run a recipe; starts again where it stopped",
     "evaluate": "measure a model folder on tasks",
     "export": "checkpoint -> Hugging Face folder",

@@ -35,6 +35,8 @@ from forgetscale.config.losses import (
     CrossEntropyLossConfig,
     EaftLossConfig,
     LossConfig,
+    ReferenceConfig,
+    loss_options,
 )
 from forgetscale.config.methods import (
     DATA_SCORES,
@@ -91,6 +93,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Recipe",
+    "ReferenceConfig",
     "RunConfig",
     "SCORES",
     "SftMethodConfig",
@@ -101,6 +104,7 @@ __all__ = [
     "apply_overrides",
     "dump_recipe",
     "load_recipe",
+    "loss_options",
     "read_yaml",
     "recipe_dict",
     "validate_recipe",

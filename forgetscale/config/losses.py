@@ -1,13 +1,15 @@
 """Recipe sections of the losses: one frozen dataclass each, told apart by ``kind``.
 
-Any loss goes with any protection (``method: {kind: ssu, loss: {kind: eaft}}``). Losses that need
-more than logits and labels at each position are functions in ``forgetscale.ops.losses`` only.
+Any loss goes with any protection (``method: {kind: ssu, loss: {kind: eaft}}``). Losses that look at
+a reference model say where its predictions come from (``reference``). The divergence alone (``kl``)
+is a function in ``forgetscale.ops.losses`` only: a run that starts at the source would not move.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Discriminator
@@ -210,6 +212,136 @@ def _require_gate(mean_gate: float) -> None:
     require(0 < mean_gate <= 1, f"mean_gate must lie in (0, 1], got {mean_gate}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceConfig:
+    """Where the source model's predictions come from: give one of ``cache`` and ``model``."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    cache: Path | None = None
+    """Logit cache of this model and this data (``forgetscale analyze --cache-logits``)."""
+    model: Literal["source"] | None = None
+    """``source``: a second, frozen ZeRO-3 model computes them at each step."""
+    top_k: int | None = None
+    """Tokens per position for ``model: source``, > 0; None: 64. A cache has its own number."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and clashes."""
+        require(
+            (self.cache is None) != (self.model is None),
+            "give exactly one of cache and model",
+        )
+        require(
+            self.top_k is None or self.model is not None,
+            "top_k is for model: source; a cache has the number it was made with (analyze --top-k)",
+        )
+        require(self.top_k is None or self.top_k > 0, f"top_k must be > 0, got {self.top_k}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftKlLossConfig:
+    """Cross-entropy plus a divergence from the source model's predictions."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["sft_kl"]
+    reference: ReferenceConfig
+    """The source model's predictions."""
+    factor: float = 0.5
+    """Factor of the divergence, >= 0; 0.5 is what arXiv:2601.02151 compares with."""
+    direction: Literal["forward", "reverse"] = "forward"
+    """``forward``: KL(source || model); ``reverse``: KL(model || source)."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.factor >= 0, f"factor must be >= 0, got {self.factor}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AsftLossConfig:
+    """Anchored: cross-entropy times the label's probability, plus a divergence from the source."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["asft"]
+    reference: ReferenceConfig
+    """The source model's predictions."""
+    factor: float = 0.05
+    """Factor of the divergence, >= 0."""
+    direction: Literal["forward", "reverse"] = "forward"
+    """``forward``: KL(source || model); ``reverse``: KL(model || source)."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.factor >= 0, f"factor must be >= 0, got {self.factor}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IwSftLossConfig:
+    """Cross-entropy times ``clip(p / p_source, low, high)`` of the label."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["iw_sft"]
+    reference: ReferenceConfig
+    """The source model's predictions."""
+    low: float = 0.2
+    """Smallest weight, >= 0."""
+    high: float = 1.8
+    """Largest weight, >= low."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(
+            0 <= self.low <= self.high,
+            f"low and high must satisfy 0 <= low <= high, got {self.low} and {self.high}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PsftLossConfig:
+    """Proximal: a token stops counting once its probability rose above ``1 + clip_high`` times."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["psft"]
+    reference: ReferenceConfig
+    """The old policy: the source model for the whole run (the paper takes it anew every few
+    steps)."""
+    clip_low: float = 0.2
+    """Clipping of the ratio below 1, >= 0; without effect on the gradient."""
+    clip_high: float = 0.28
+    """Clipping of the ratio above 1, >= 0."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(
+            self.clip_low >= 0 and self.clip_high >= 0,
+            f"clip_low and clip_high must be >= 0, got {self.clip_low} and {self.clip_high}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlowLossConfig:
+    """Cross-entropy times ``exp(-f / tau)``, ``f`` the source model's mean loss on the text."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["flow"]
+    reference: ReferenceConfig
+    """The source model's predictions; a cache, because ``f`` is known before training."""
+    tau: float | None = None
+    """Temperature in nats, > 0; None: the median of ``f`` over all texts of the cache."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and clashes."""
+        require(self.tau is None or self.tau > 0, f"tau must be > 0, got {self.tau}")
+        require(
+            self.reference.cache is not None,
+            "flow weighs whole texts before training, so it needs reference.cache, not model",
+        )
+
+
 LossConfig = Annotated[
     CrossEntropyLossConfig
     | EaftLossConfig
@@ -220,9 +352,23 @@ LossConfig = Annotated[
     | MileLossConfig
     | TalrLossConfig
     | ConstantGateLossConfig
-    | RandomGateLossConfig,
+    | RandomGateLossConfig
+    | SftKlLossConfig
+    | AsftLossConfig
+    | IwSftLossConfig
+    | PsftLossConfig
+    | FlowLossConfig,
     Discriminator("kind"),
 ]
+
+
+def loss_options(config: LossConfig) -> dict[str, Any]:
+    """Return what the function of a loss is made with: its section without its inputs."""
+    found = asdict(config)
+    found.pop("reference", None)
+    if config.kind == "flow":
+        found.pop("tau")
+    return found
 
 
 def resolve_shorthand(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from forgetscale.data.best_fit import BestFitPacker, best_fit_rows
 from forgetscale.data.format import content_hash, pack_doc_id, unpack_doc_id
+from forgetscale.data.logit_cache import LogitCache
 from forgetscale.data.packing import ConcatPacker, OnePerRowPacker, Packer, cut_rows
 from forgetscale.data.shard import find_damages
 from forgetscale.data.skip_list import (
@@ -34,6 +35,7 @@ __all__ = [
     "ConcatPacker",
     "DataPart",
     "DocumentPiece",
+    "LogitCache",
     "OnePerRowPacker",
     "Packer",
     "ShardWriter",

@@ -154,7 +154,7 @@ def mock_steps(recipe: Recipe, method: Method, world: World, kept: Protection) -
         world_size=world.size,
         documents=mask,
     )
-    extras = open_extras(recipe, method.loss)
+    extras = open_extras(recipe, method.loss, data, world, source)
     count = accumulation_steps(recipe, world.size)
     loss_sum, seconds, num_targets = 0.0, 0.0, 1
     for _ in range(NUM_STEPS):
@@ -169,6 +169,7 @@ def mock_steps(recipe: Recipe, method: Method, world: World, kept: Protection) -
         engine.step(lr=0.0)
         seconds = time.perf_counter() - start
     total = float(world.sum(torch.tensor([loss_sum], dtype=torch.float64)))
+    extras.close()
     trial = Trial(total / num_targets, seconds, memory_bytes())
     engine.destroy()
     return trial

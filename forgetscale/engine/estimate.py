@@ -10,6 +10,7 @@ import torch
 
 from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import read_deepspeed
+from forgetscale.engine.extras import reference_of, reference_top_k
 from forgetscale.engine.memory import (
     GatherSettings,
     Setting,
@@ -56,6 +57,8 @@ class MemoryEstimate:
     """Logits of one chunk, their gradients, the gradient of the output head."""
     backward: int
     """Gradients on their way into the bucket, copies for the reduction, temporaries."""
+    reference: int
+    """Slices of the frozen source model that the loss looks at; 0 without one or with a cache."""
     step: int
     """Copies of gradients while the optimizer steps; nothing of the model's pass is left then."""
 
@@ -67,7 +70,7 @@ class MemoryEstimate:
     @property
     def device(self) -> int:
         """Peak where the model computes."""
-        lasting = self.state.device + self.bucket + self.buffers
+        lasting = self.state.device + self.bucket + self.buffers + self.reference
         return lasting + max(self.micro_batch, self.step)
 
     @property
@@ -101,6 +104,7 @@ def micro_batch_setting(recipe: Recipe, block: int, world_size: int, device: str
         communication=working if asked is None else _COMMUNICATION[asked.lower()],
         world_size=world_size,
         gloo=device == "cpu",
+        reference_ids=reference_top_k(recipe),
     )
 
 
@@ -176,8 +180,17 @@ def estimate_memory(
         activations=parts.get(ACTIVATIONS, 0),
         loss=parts.get(LOSS, 0),
         backward=parts.get(BACKWARD, 0),
+        reference=_reference_bytes(recipe, shapes, world_size),
         step=_step_copies(recipe, shapes, layout, world_size, zero, edits_gradients),
     )
+
+
+def _reference_bytes(recipe: Recipe, shapes: Shapes, world_size: int) -> int:
+    reference = reference_of(recipe)
+    if reference is None or reference.model is None:
+        return 0
+    whole = sum(-(-math.prod(shape) // world_size) for shape in shapes.values())
+    return whole * DTYPE_BYTES[recipe.model.dtype]
 
 
 def _step_copies(

@@ -19,6 +19,7 @@ _MAY_CHANGE = (
     "run.output_dir",
     "data.skip_rows",
     "method.layout",
+    "method.loss.reference.cache",
     "train.micro_batch_size",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",

@@ -23,7 +23,7 @@ from forgetscale.engine.data_state import (
     require_same_data,
     settle_run_skips,
 )
-from forgetscale.engine.extras import open_extras
+from forgetscale.engine.extras import keep_reference_record, open_extras
 from forgetscale.engine.loop import Evaluate, Training, train_loop
 from forgetscale.engine.metrics import MetricsLog, RunLog
 from forgetscale.engine.protection import Protection, settle_protection
@@ -79,7 +79,7 @@ def train(
     output = recipe.run.output_dir
     store = open_store(recipe, world, log)
     state = _resume(recipe, world, store, engine, method, kept, data, source, audit, log)
-    world.on_main(lambda: keep_data_record(output, data))
+    world.on_main(lambda: _keep_records(recipe, data))
     mask = recipe.data.document_mask
     num_steps = num_train_steps(recipe, data.targets_per_row(document_mask=mask))
     stream = open_stream(
@@ -92,6 +92,7 @@ def train(
         skips=settle_run_skips(recipe, world, data, state, log),
         documents=mask,
     )
+    extras = open_extras(recipe, method.loss, data, world, source)
     metrics = MetricsLog(output, visible=world.is_main, step=state.step)
     progress = Progress(
         num_steps, "train", done=state.step, log_path=log.path, visible=world.is_main
@@ -102,7 +103,7 @@ def train(
         engine=engine,
         method=method,
         stream=stream,
-        extras=open_extras(recipe, method.loss),
+        extras=extras,
         store=store,
         metrics=metrics,
         audit=audit,
@@ -117,6 +118,7 @@ def train(
         state = train_loop(job)
     finally:
         metrics.close()
+    extras.close()
     if recipe.train.export:
         export_run(recipe, world, source, kept, engine, state, output / EXPORT_FOLDER, log)
     engine.destroy()
@@ -127,6 +129,11 @@ def _start(recipe: Recipe, world: World, source: SourceModel, kept: Protection) 
     return start_engine(
         recipe, world, source, plan=kept.plan, training=True, adapters=kept.adapters
     )
+
+
+def _keep_records(recipe: Recipe, data: TrainingData) -> None:
+    keep_data_record(recipe.run.output_dir, data)
+    keep_reference_record(recipe)
 
 
 def _resume(

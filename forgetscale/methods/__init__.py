@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from forgetscale.api import Method, Unprotected
+from forgetscale.config import loss_options
 from forgetscale.methods.gmt import Gmt, GmtOfficial
 from forgetscale.methods.hft import Hft
 from forgetscale.methods.lota import Lota
@@ -31,7 +31,7 @@ def _with_loss(protection: Callable[[Any], Unprotected]) -> Callable[[Any], Meth
 
     def make(config: Any) -> Method:
         method = protection(config)
-        method.loss = make_loss(**asdict(config.loss))
+        method.loss = make_loss(**loss_options(config.loss))
         return method
 
     return make

@@ -18,6 +18,7 @@ from forgetscale.errors import ConfigError
 from forgetscale.models.compact import CompactLinear
 from forgetscale.models.documents import document_arguments
 from forgetscale.ops.losses import LossFunction, LossRecord, chunked_loss, token_scores
+from forgetscale.ops.observe import Columns, Observer, observe_tokens
 
 HEAD_CHECK_POSITIONS = 8
 HEAD_CHECK_TOLERANCE = 2e-2
@@ -53,12 +54,15 @@ class LossHead(nn.Module):
         self,
         hidden: Float[Tensor, "N D"],
         labels: Int64[Tensor, " N"],
-        loss: LossFunction | None,
+        loss: LossFunction | Observer | None,
         record: LossRecord | None = None,
         extra: Mapping[str, Tensor] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the summed loss, or per-position scores when ``loss`` is None."""
+    ) -> Tensor | tuple[Tensor, Tensor] | Columns:
+        """Return the summed loss, per-position scores for None, or what an observer notes."""
         weight, rows = self._head()
+        if isinstance(loss, Observer):
+            size = self.chunk_size
+            return observe_tokens(hidden, weight, labels, loss, bias=self.bias, chunk_size=size)
         if loss is None:
             return token_scores(hidden, weight, labels, bias=self.bias, chunk_size=self.chunk_size)
         return chunked_loss(
@@ -143,19 +147,20 @@ class CausalLMWithLoss(nn.Module):
         self,
         input_ids: Int64[Tensor, "B T"],
         labels: Int64[Tensor, "B T"] | None = None,
-        loss: LossFunction | None = None,
+        loss: LossFunction | Observer | None = None,
         mode: Literal["loss", "score", "body", "logits"] = "loss",
         position_ids: Int64[Tensor, "B T"] | None = None,
         record: LossRecord | None = None,
         extra: Mapping[str, Tensor] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor] | Columns:
         """Run the model.
 
         Args:
             input_ids: Token ids.
             labels: Ids aligned with ``input_ids``; position ``t`` is the target of ``t - 1``.
                 ``IGNORE_INDEX`` marks positions without loss.
-            loss: Loss function for ``mode="loss"``.
+            loss: Loss function for ``mode="loss"``, or an ``Observer``, whose columns over the
+                positions with a target are then returned.
             mode: ``loss`` returns the summed loss; ``score`` per-position negative
                 log-likelihoods and argmax hits ``[B, T-1]``; ``body`` the hidden states (for
                 hooks); ``logits`` the model's own logits (short inputs only).
@@ -178,7 +183,7 @@ class CausalLMWithLoss(nn.Module):
             shape = (labels.shape[0], labels.shape[1] - 1)
             return nll.view(shape), best.view(shape)
         more = {name: item[:, 1:].flatten(0, 1) for name, item in (extra or {}).items()}
-        value: Tensor = self.head(flat, targets, loss, record, more)
+        value: Tensor | Columns = self.head(flat, targets, loss, record, more)
         return value
 
 

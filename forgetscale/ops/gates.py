@@ -96,6 +96,10 @@ class TokenStats:
             raise ValueError(f"this loss needs {name!r} for every position, got {given}")
         return self._extra[name]
 
+    def optional(self, name: str) -> Tensor | None:
+        """Return a tensor given per position, or None if the caller gave none of this name."""
+        return self._extra.get(name)
+
 
 Gate = Callable[[TokenStats], TokenTerms]
 

@@ -38,6 +38,7 @@ __all__ = [
     "chunked_loss",
     "cross_entropy",
     "entropy_weighted_loss",
+    "loss_needs",
     "make_loss",
     "sample_labels",
     "sampled_cross_entropy",
@@ -64,6 +65,11 @@ FORMS: Mapping[str, Form] = {
     "asft": Form(anchors.asft, needs=anchors.NEEDS),
 }
 """Kind -> how its gate is made."""
+
+
+def loss_needs(kind: str) -> tuple[str, ...]:
+    """Return the tensors per position that a kind of loss needs beside logits and labels."""
+    return FORMS[kind].needs
 
 
 def make_loss(

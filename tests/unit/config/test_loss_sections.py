@@ -92,7 +92,7 @@ class TestShorthand:
         ({"kind": "sft", "loss": {"kind": "dtf"}}, "; nearest: dft."),
         (
             {"kind": "sft", "loss": {"alpha": 2}},
-            "method.loss.kind is missing; expected one of constant_gate, cross_entropy, deft,",
+            "method.loss.kind is missing; expected one of asft, constant_gate, cross_entropy,",
         ),
         ({"kind": "sft", "loss": ["eaft", "dft"]}, "method.loss is ['eaft', 'dft']: "),
         ({"kind": "sft", "loss": "eaft"}, "method.loss is 'eaft': "),
@@ -113,6 +113,40 @@ class TestShorthand:
         (
             {"kind": "sft", "loss": {"kind": "random_gate", "mean_gate": 0.5, "form": "gauss"}},
             "method.loss.form is 'gauss', expected one of power, drop",
+        ),
+        (
+            {"kind": "sft", "loss": {"kind": "sft_kl"}},
+            "method.loss.reference is missing; add it to the",
+        ),
+        (
+            {"kind": "sft", "loss": {"kind": "psft", "reference": {}}},
+            "method.loss.reference: give exactly one of cache and model",
+        ),
+        (
+            {
+                "kind": "sft",
+                "loss": {"kind": "asft", "reference": {"cache": "c", "model": "source"}},
+            },
+            "method.loss.reference: give exactly one of cache and model",
+        ),
+        (
+            {"kind": "sft", "loss": {"kind": "asft", "reference": {"cache": "c", "top_k": 3}}},
+            "method.loss.reference: top_k is for model: source; a cache has the number",
+        ),
+        (
+            {"kind": "sft", "loss": {"kind": "flow", "reference": {"model": "source"}}},
+            "method.loss: flow weighs whole texts before training, so it needs reference.cache",
+        ),
+        (
+            {"kind": "sft", "loss": {"kind": "asft", "reference": {"model": "teacher"}}},
+            "method.loss.reference.model is 'teacher', expected one of source",
+        ),
+        (
+            {
+                "kind": "sft",
+                "loss": {"kind": "iw_sft", "low": 2, "high": 1, "reference": {"cache": "c"}},
+            },
+            "low and high must satisfy 0 <= low <= high, got 2.0 and 1.0",
         ),
         ({"kind": "eaft", "alpha": -1}, "method.loss: alpha must be >= 0, got -1.0."),
         ({"kind": "eaft", "top_k": 1}, "method.loss: top_k must be >= 2, got 1."),

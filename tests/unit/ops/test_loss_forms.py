@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forgetscale.ops import chunked
+from forgetscale.ops import anchors, chunked
 from forgetscale.ops.losses import (
     FORMS,
     LOSSES,
@@ -289,6 +289,88 @@ def exact(kind: str, options: dict, logits: Tensor, labels: Tensor, extra) -> tu
     loss = dense(kind, leaf[keep], labels[keep], kept, **options)
     loss.backward()
     return loss.detach(), leaf.grad
+
+
+class TestSourceKnownByItsMostLikelyTokens:
+    """The divergence over K + 1 outcomes against dense fp64 sums, by autograd."""
+
+    @staticmethod
+    def buckets(log_p: Tensor, ids: Tensor) -> Tensor:
+        p = log_p.exp()
+        inside = p.gather(1, ids)
+        rest = p.scatter(1, ids, 0.0).sum(-1, keepdim=True)
+        return torch.cat([inside, rest], 1)
+
+    def expected(self, logits: Tensor, source: Tensor, ids: Tensor, direction: str):
+        leaf = logits.clone().requires_grad_()
+        mine, theirs = self.buckets(leaf.log_softmax(-1), ids), self.buckets(source, ids)
+        first, second = (theirs, mine) if direction == "forward" else (mine, theirs)
+        value = torch.where(first > 0, first * (first / second).log(), 0.0).sum()
+        value.backward()
+        return value.detach(), leaf.grad
+
+    @pytest.mark.parametrize("direction", ["forward", "reverse"])
+    @pytest.mark.parametrize("sure", [1.0, 6.0])
+    @pytest.mark.parametrize("count", [1, K, V - 1])
+    def test_with_the_rest_summed_over_itself(self, direction: str, sure: float, count: int):
+        logits, _, _ = case()
+        labels = torch.zeros(N, dtype=torch.int64)
+        generator = torch.Generator().manual_seed(4)
+        source = (sure * logits + torch.randn(N, V, generator=generator)).log_softmax(-1)
+        values, ids = source.topk(count, -1)
+        extra = {
+            "source_ids": ids.to(torch.int32),
+            "source_log_probs": values,
+            "source_log_rest": source.scatter(1, ids, -torch.inf).logsumexp(-1),
+        }
+        value, grad = self.expected(logits, source, ids, direction)
+        found = LOSSES["kl"](logits, labels, extra, direction=direction)
+        assert float(found) == pytest.approx(float(value), rel=1e-6)
+        assert torch.allclose(gradient("kl", logits, labels, extra, direction=direction), grad)
+
+    @pytest.mark.parametrize("direction", ["forward", "reverse"])
+    def test_whole_vocabulary_is_the_divergence_proper(self, direction: str):
+        logits, _, _ = case()
+        labels = torch.zeros(N, dtype=torch.int64)
+        source = (logits + 0.5 * logits.roll(1, 1)).log_softmax(-1)
+        values, ids = source.topk(V, -1)
+        extra = {"source_ids": ids, "source_log_probs": values}
+        extra["source_log_rest"] = torch.full((N,), -torch.inf, dtype=torch.float64)
+        leaf = logits.clone().requires_grad_()
+        log_p = leaf.log_softmax(-1)
+        a, b = (source, log_p) if direction == "forward" else (log_p, source)
+        value = (a.exp() * (a - b)).sum()
+        value.backward()
+        found = LOSSES["kl"](logits, labels, extra, direction=direction)
+        assert float(found) == pytest.approx(float(value.detach()), rel=1e-6)
+        assert torch.allclose(
+            gradient("kl", logits, labels, extra, direction=direction), leaf.grad, atol=1e-12
+        )
+
+    def test_fewer_tokens_never_raise_it(self):
+        logits, _, _ = case()
+        labels = torch.zeros(N, dtype=torch.int64)
+        source = (logits + logits.roll(3, 1)).log_softmax(-1)
+        values = []
+        for count in (1, 3, 9, V):
+            largest = source.topk(count, -1)
+            rest = source.scatter(1, largest.indices, -torch.inf).logsumexp(-1)
+            extra = dict(zip(anchors.NEEDS, (largest.indices, largest.values, rest), strict=True))
+            values.append(float(LOSSES["kl"](logits, labels, extra)))
+        assert values == sorted(values) and values[0] > 0
+
+    def test_rounding_of_what_was_stored_is_divided_out(self):
+        """Half precision: the outcomes sum to 1.001, but a model that is the source has no pull."""
+        logits, _, _ = case()
+        labels = torch.zeros(N, dtype=torch.int64)
+        source = logits.log_softmax(-1)
+        largest = source.topk(K, -1)
+        rest = source.scatter(1, largest.indices, -torch.inf).logsumexp(-1)
+        stored = largest.values.half().double()
+        extra = dict(zip(anchors.NEEDS, (largest.indices, stored, rest), strict=True))
+        found = gradient("kl", logits, labels, extra)
+        assert float(found.sum(-1).abs().max()) < 1e-12
+        assert 0 < float(found.abs().max()) < 1e-3
 
 
 def test_every_form_is_compared():

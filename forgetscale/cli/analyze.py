@@ -1,0 +1,44 @@
+"""Look at a model and data without training: one analysis at a time.
+
+The recipe says which model, which data and how documents are masked; its protection and loss do not
+matter unless an analysis says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+from forgetscale.analysis import ANALYSES
+from forgetscale.cli.recipe_options import add_recipe_options, read_recipe, running_world
+
+EXAMPLES = """examples:
+  forgetscale analyze --cache-logits --config run.yaml            writes method.loss.reference.cache
+  deepspeed --num_gpus 8 --module forgetscale analyze --cache-logits --config run.yaml \\
+      --top-k 32 --stored-dtype float16 --output caches/chats
+
+The same command goes on where it was stopped.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options, each analysis its own."""
+    add_recipe_options(parser)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder that is written")
+    which = parser.add_mutually_exclusive_group(required=True)
+    for name, path in ANALYSES.items():
+        module = importlib.import_module(path)
+        which.add_argument(
+            f"--{name}", dest="analysis", action="store_const", const=name, help=module.SUMMARY
+        )
+        module.add_arguments(parser.add_argument_group(f"options of --{name}"))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command. Collective: every rank must call it."""
+    recipe = read_recipe(options)
+    module = importlib.import_module(ANALYSES[options.analysis])
+    output: Path = module.output_of(options, recipe)
+    with running_world(output.parent / f"{output.name}-log") as (world, log):
+        module.run(options, recipe, world, log)
