@@ -94,9 +94,6 @@ def train(
     )
     extras = open_extras(recipe, method.loss, data, world, source)
     metrics = MetricsLog(output, visible=world.is_main, step=state.step)
-    progress = Progress(
-        num_steps, "train", done=state.step, log_path=log.path, visible=world.is_main
-    )
     job = Training(
         recipe=recipe,
         world=world,
@@ -107,7 +104,7 @@ def train(
         store=store,
         metrics=metrics,
         audit=audit,
-        progress=progress,
+        progress=_progress(num_steps, state, log),
         stop=stop,
         num_steps=num_steps,
         num_micro_batches=accumulation_steps(recipe, world.size),
@@ -129,6 +126,10 @@ def _start(recipe: Recipe, world: World, source: SourceModel, kept: Protection) 
     return start_engine(
         recipe, world, source, plan=kept.plan, training=True, adapters=kept.adapters
     )
+
+
+def _progress(num_steps: int, state: RunState, log: RunLog) -> Progress:
+    return Progress(num_steps, "train", done=state.step, log_path=log.path, visible=log.visible)
 
 
 def _keep_records(recipe: Recipe, data: TrainingData) -> None:
