@@ -12,7 +12,12 @@ from torch import Tensor
 
 from forgetscale.artifact import fsync_path, hash_file
 from forgetscale.checkpoint.export import agreed_step, publish_folder
-from forgetscale.config import AdapterConfig, Recipe, recipe_dict
+from forgetscale.config import (
+    AdaloraMethodConfig,
+    LoraAdapterConfig,
+    Recipe,
+    recipe_dict,
+)
 from forgetscale.masks import AdapterPair
 from forgetscale.zero3 import ZeroEngine
 
@@ -37,31 +42,46 @@ def target_names(adapters: Mapping[str, AdapterPair], linear: Sequence[str]) -> 
 
 
 def peft_config(
-    section: AdapterConfig, adapters: Mapping[str, AdapterPair], linear: Sequence[str], base: str
+    recipe: Recipe, adapters: Mapping[str, AdapterPair], linear: Sequence[str]
 ) -> dict[str, Any]:
     """Return what ``adapter_config.json`` holds.
 
     Args:
-        section: The recipe's ``adapter``.
+        recipe: Resolved recipe with an ``adapter``.
         adapters: Adapted matrices.
         linear: Names of all two-dimensional weights of the source model, ``.weight`` removed.
-        base: Path or name of the source model.
     """
+    section, method = recipe.adapter, recipe.method
+    assert section is not None
     alpha = int(section.alpha) if section.alpha == int(section.alpha) else section.alpha
-    return {
-        "peft_type": "LORA",
+    found = {
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": str(recipe.model.path),
         "inference_mode": True,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "r": section.rank,
         "lora_alpha": alpha,
         "lora_dropout": section.dropout,
-        "use_rslora": section.rslora,
         "target_modules": target_names(adapters, linear),
     }
+    if isinstance(section, LoraAdapterConfig):
+        return found | {"peft_type": "LORA", "r": section.rank, "use_rslora": section.rslora}
+    found |= {"peft_type": "ADALORA", "init_r": section.rank, "total_step": 1}
+    if isinstance(method, AdaloraMethodConfig):
+        # PEFT counts the final phase from the end; with one step after the last choice the
+        # schedule it would resume with has the same first and last step.
+        found |= {
+            "target_r": method.target_rank,
+            "tinit": method.shrink_from_step,
+            "tfinal": 1,
+            "total_step": method.shrink_until_step + 1,
+            "deltaT": method.interval,
+            "beta1": method.sensitivity_beta,
+            "beta2": method.uncertainty_beta,
+            "orth_reg_weight": method.orthogonality,
+        }
+    return found
 
 
 def export_adapter(
@@ -69,7 +89,9 @@ def export_adapter(
 ) -> None:
     """Write the fp32 masters of all factors and PEFT's configuration.
 
-    Rank 0 holds all factors while it writes: at 70B, rank 16 and all linear layers 0.8 GB.
+    Rank 0 holds all factors while it writes: at 70B, rank 16 and all linear layers 0.8 GB. Of SVD
+    factors all triplets are written, those taken away with ``E = 0``: PEFT 0.21 warns of its own
+    ``rank_pattern`` when it loads one.
 
     Args:
         engine: The model.
@@ -82,16 +104,16 @@ def export_adapter(
     Raises:
         CheckpointError: A write failed; nothing half-written stays.
     """
-    assert recipe.adapter is not None
-    section, world, adapters = recipe.adapter, engine.world, engine.layout.adapters
+    world, adapters = engine.world, engine.layout.adapters
     linear = [m.name.removesuffix(".weight") for m in engine.matrices() if len(m.shape) == 2]
-    config = peft_config(section, adapters, linear, str(recipe.model.path))
+    config = peft_config(recipe, adapters, linear)
 
     def write(folder: Path) -> dict[str, str]:
         tensors: dict[str, Tensor] = {}
         for pair in adapters.values():
+            suffix = "" if pair.has_values else ".weight"
             for name, value in (engine.gather_factors(pair, 0) or {}).items():
-                tensors[f"{_PREFIX}{name}.weight"] = value.cpu().contiguous()
+                tensors[f"{_PREFIX}{name}{suffix}"] = value.cpu().contiguous()
         hashes: dict[str, str] = {}
 
         def save() -> None:

@@ -1,6 +1,11 @@
 """Recipes: dataclasses, loading, overrides, checks. Imports no torch."""
 
-from forgetscale.config.adapters import ADAPTED_METHODS, AdapterConfig, LoraAdapterConfig
+from forgetscale.config.adapters import (
+    ADAPTED_METHODS,
+    AdapterConfig,
+    LoraAdapterConfig,
+    SvdAdapterConfig,
+)
 from forgetscale.config.data import (
     DataConfig,
     MixtureDataConfig,
@@ -41,6 +46,7 @@ from forgetscale.config.losses import (
 from forgetscale.config.methods import (
     DATA_SCORES,
     SCORES,
+    AdaloraMethodConfig,
     CalibrationConfig,
     FisherConfig,
     GmtMethodConfig,
@@ -61,6 +67,7 @@ from forgetscale.config.recipe import (
 
 __all__ = [
     "ADAPTED_METHODS",
+    "AdaloraMethodConfig",
     "AdapterConfig",
     "DialogueFilterConfig",
     "EngineConfig",
@@ -99,6 +106,7 @@ __all__ = [
     "SftMethodConfig",
     "SsuMethodConfig",
     "SftDataConfig",
+    "SvdAdapterConfig",
     "TokenDataConfig",
     "TrainConfig",
     "apply_overrides",

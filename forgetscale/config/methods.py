@@ -249,12 +249,56 @@ class S2ftMethodConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdaloraMethodConfig:
+    """AdaLoRA: factors of ``adapter.kind: svd`` lose the triplets that matter least."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["adalora"]
+    loss: LossConfig = CrossEntropyLossConfig()
+    """What is minimised beside orthogonality."""
+    target_rank: int = 8
+    """Mean triplets a matrix keeps at the end, > 0; ``adapter.rank`` is where it starts."""
+    shrink_from_step: int = 0
+    """Up to this step every triplet is kept, >= 0 (``tinit`` of PEFT)."""
+    shrink_until_step: int
+    """At this step the budget reaches ``target_rank``; afterwards ranks stay. PEFT counts from the
+    end: its ``tfinal`` is the total number of steps minus this."""
+    interval: int = 1
+    """Steps between two choices, > 0 (``deltaT`` of PEFT)."""
+    sensitivity_beta: float = 0.85
+    """Decay of the running mean of ``|weight * gradient|``, in (0, 1)."""
+    uncertainty_beta: float = 0.85
+    """Decay of the running mean of its deviation, in (0, 1)."""
+    orthogonality: float = 0.5
+    """Weight of the mean of ``||A A^T - I||`` and ``||B^T B - I||`` in the loss, >= 0."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and clashes."""
+        require(self.target_rank > 0, f"target_rank must be > 0, got {self.target_rank}")
+        require(
+            0 <= self.shrink_from_step < self.shrink_until_step,
+            "shrink_from_step must be >= 0 and before shrink_until_step, got"
+            f" {self.shrink_from_step} and {self.shrink_until_step}",
+        )
+        require(self.interval > 0, f"interval must be > 0, got {self.interval}")
+        for name in ("sensitivity_beta", "uncertainty_beta"):
+            value = getattr(self, name)
+            require(0 < value < 1, f"{name} must lie in (0, 1), got {value}")
+        require(
+            math.isfinite(self.orthogonality) and self.orthogonality >= 0,
+            f"orthogonality must be finite and >= 0, got {self.orthogonality}",
+        )
+
+
 MethodConfig = Annotated[
     SftMethodConfig
     | SsuMethodConfig
     | HftMethodConfig
     | GmtMethodConfig
     | LotaMethodConfig
-    | S2ftMethodConfig,
+    | S2ftMethodConfig
+    | AdaloraMethodConfig,
     Discriminator("kind"),
 ]

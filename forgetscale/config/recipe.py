@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from forgetscale.config.adapters import ADAPTED_METHODS, AdapterConfig
+from forgetscale.config.adapters import ADAPTED_METHODS, REQUIRED_ADAPTERS, AdapterConfig
 from forgetscale.config.data import DataConfig
 from forgetscale.config.methods import MethodConfig
 from forgetscale.config.ranges import STRICT, require
@@ -227,6 +227,7 @@ class Recipe:
             " adapter all of them do; columns, rows and elements of its factors mean nothing by"
             f" themselves. Set method.kind to {' or '.join(ADAPTED_METHODS)}, or remove adapter",
         )
+        self._check_adapter()
         require(
             not evaluate.tasks or self.adapter is None or self.adapter.merge,
             "evaluate.tasks are measured on the merged export, so adapter.merge must be true",
@@ -234,4 +235,26 @@ class Recipe:
         require(
             not evaluate.tasks or train.export,
             "evaluate.tasks are measured on the export, so train.export must be true",
+        )
+
+    def _check_adapter(self) -> None:
+        kinds = REQUIRED_ADAPTERS.get(self.method.kind, ())
+        found = None if self.adapter is None else self.adapter.kind
+        require(
+            not kinds or found in kinds,
+            f"method.kind {self.method.kind} works on the factors of an adapter: set adapter.kind"
+            f" to {' or '.join(kinds)}, got {'no adapter' if found is None else found}",
+        )
+        if self.method.kind != "adalora" or self.adapter is None:
+            return
+        require(
+            self.method.target_rank <= self.adapter.rank,
+            f"method.target_rank is {self.method.target_rank}, but adapter.rank, from which ranks"
+            f" shrink, is {self.adapter.rank}",
+        )
+        steps = self.train.num_steps
+        require(
+            steps is None or self.method.shrink_until_step < steps,
+            f"method.shrink_until_step is {self.method.shrink_until_step}, so no step of"
+            f" train.num_steps {steps} would follow at the final ranks; lower it",
         )

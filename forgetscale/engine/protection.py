@@ -76,6 +76,7 @@ def find_adapters(recipe: Recipe, skeleton: Any) -> dict[str, AdapterPair]:
         rank=section.rank,
         scale=section.scale,
         dropout=section.dropout,
+        has_values=section.kind == "svd",
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-FACTOR_A, FACTOR_B = "lora_A", "lora_B"
+FACTOR_A, FACTOR_B, FACTOR_E = "lora_A", "lora_B", "lora_E"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class AdapterPair:
 
     The update that is applied is ``scale * B A``; every statement about it (norm, penalty,
     projection) must use that product: ``A`` and ``B`` alone are only known up to
-    ``B R, R^-1 A``.
+    ``B R, R^-1 A``. With ``has_values`` it is ``scale * B diag(E) A``.
 
     Args:
         matrix: Name of the adapted matrix in the source model, ``...q_proj.weight``.
@@ -28,6 +28,7 @@ class AdapterPair:
         rank: R.
         scale: What ``B A`` is multiplied with.
         dropout: Share of inputs that ``A`` does not see in training.
+        has_values: ``E``, ``[R, 1]``, stands between the factors (AdaLoRA).
     """
 
     matrix: str
@@ -35,6 +36,7 @@ class AdapterPair:
     rank: int
     scale: float
     dropout: float = 0.0
+    has_values: bool = False
 
     @property
     def module(self) -> str:
@@ -51,10 +53,16 @@ class AdapterPair:
         """Name of ``B``, ``[O, R]``."""
         return f"{self.module}.{FACTOR_B}"
 
+    @property
+    def lora_E(self) -> str:  # noqa: N802
+        """Name of ``E``, ``[R, 1]``, where there is one."""
+        return f"{self.module}.{FACTOR_E}"
+
     def factor_shapes(self) -> dict[str, tuple[int, int]]:
         """Return parameter name -> shape, in the order of the layer."""
         out_features, in_features = self.shape
-        return {self.lora_A: (self.rank, in_features), self.lora_B: (out_features, self.rank)}
+        found = {self.lora_A: (self.rank, in_features), self.lora_B: (out_features, self.rank)}
+        return found | ({self.lora_E: (self.rank, 1)} if self.has_values else {})
 
     def delta(self, factors: Mapping[str, Tensor]) -> Float[Tensor, "O I"]:
         """Return the update that is applied to the matrix.
@@ -62,7 +70,10 @@ class AdapterPair:
         Args:
             factors: Whole factors by parameter name, such as ``ShardSet.gather`` returns them.
         """
-        return self.scale * (factors[self.lora_B] @ factors[self.lora_A])
+        right = factors[self.lora_A]
+        if self.has_values:
+            right = right * factors[self.lora_E]
+        return self.scale * (factors[self.lora_B] @ right)
 
 
 def factor_shapes(adapters: Mapping[str, AdapterPair]) -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from forgetscale.api import Method, Unprotected
 from forgetscale.config import loss_options
+from forgetscale.methods.adalora import Adalora
 from forgetscale.methods.gmt import Gmt, GmtOfficial
 from forgetscale.methods.hft import Hft
 from forgetscale.methods.lota import Lota
@@ -23,6 +24,7 @@ _PROTECTIONS: Mapping[str, Callable[[Any], Unprotected]] = {
     "gmt_official": GmtOfficial,
     "lota": Lota,
     "s2ft": S2ft,
+    "adalora": Adalora,
 }
 
 

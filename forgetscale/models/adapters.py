@@ -24,20 +24,24 @@ from torch import Tensor, nn
 
 from forgetscale.errors import ConfigError
 from forgetscale.masks import AdapterPair
+from forgetscale.masks.adapters import FACTOR_E
 
 ALL_LINEAR = "all-linear"
-Init = Literal["kaiming", "gaussian"]
+Init = Literal["kaiming", "gaussian", "svd"]
+SVD_DEVIATION = 0.02
 _DRAWS_PER_COUNT = 4
 """Numbers that one count of Philox 4x64 gives."""
 
 
 class LoraLinear(nn.Module):
-    """``x W^T + b + scale * (x A^T) B^T`` with ``W`` and ``b`` frozen.
+    """``x W^T + b + scale * (x A^T) B^T`` with ``W`` and ``b`` frozen; ``(x A^T) diag(E)`` for SVD.
 
     Args:
         linear: The layer to adapt; its parameters are taken over.
         pair: Rank, scale and dropout.
     """
+
+    lora_E: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear, pair: AdapterPair) -> None:
         super().__init__()
@@ -47,6 +51,8 @@ class LoraLinear(nn.Module):
         kind = linear.weight.dtype
         self.lora_A = nn.Parameter(torch.empty(pair.rank, self.in_features, dtype=kind))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, pair.rank, dtype=kind))
+        values = nn.Parameter(torch.empty(pair.rank, 1, dtype=kind)) if pair.has_values else None
+        self.register_parameter(FACTOR_E, values)
 
     def take_over(self, linear: nn.Linear) -> None:
         """Own the parameters of the layer that is replaced.
@@ -69,6 +75,8 @@ class LoraLinear(nn.Module):
         """Multiply; the update is added within the second product."""
         seen = x if self.dropout is None else self.dropout(x)
         low = nn.functional.linear(seen, self.lora_A).flatten(0, -2)
+        if self.lora_E is not None:
+            low = low * self.lora_E.flatten()
         base = nn.functional.linear(x, self.weight, self.bias)
         y = torch.addmm(base.flatten(0, -2), low, self.lora_B.t(), alpha=self.scale)
         return y.view(base.shape)
@@ -81,6 +89,7 @@ def adapter_pairs(
     rank: int,
     scale: float,
     dropout: float,
+    has_values: bool = False,
 ) -> dict[str, AdapterPair]:
     """Return the factor pairs of a model by the adapted matrix, in the model's order.
 
@@ -90,6 +99,7 @@ def adapter_pairs(
         rank: Rank of every pair, > 0.
         scale: What ``B A`` is multiplied with.
         dropout: Share of inputs that ``A`` does not see in training.
+        has_values: Singular values stand between the factors.
 
     Raises:
         ConfigError: A name matches no linear layer, or the output head; the rank exceeds a matrix.
@@ -112,7 +122,8 @@ def adapter_pairs(
                 " adapter.target_modules."
             )
         matrix = f"{name}.weight"
-        found[matrix] = AdapterPair(matrix, (out_features, in_features), rank, scale, dropout)
+        shape = (out_features, in_features)
+        found[matrix] = AdapterPair(matrix, shape, rank, scale, dropout, has_values)
     return found
 
 
@@ -187,13 +198,15 @@ def initial_values(
         length: Elements of the slice.
         seed: ``run.seed``.
         init: ``kaiming``: uniform in ``+-1 / sqrt(I)`` as PEFT draws; ``gaussian``: normal with
-            deviation ``1 / R``. ``B`` is zero either way.
+            deviation ``1 / R``. ``B`` is zero either way. ``svd``: normal with deviation 0.02 for
+            both, ``E`` is zero.
     """
-    if name == pair.lora_B:
+    if name == pair.lora_E or (name == pair.lora_B and init != "svd"):
         return torch.zeros(length)
     uniform = uniform_slice(f"forgetscale/adapter/{seed}/{name}", start, length)
-    if init == "gaussian":
-        values: Tensor = torch.special.ndtri(uniform) / pair.rank
+    if init in ("gaussian", "svd"):
+        deviation = SVD_DEVIATION if init == "svd" else 1.0 / pair.rank
+        values: Tensor = torch.special.ndtri(uniform) * deviation
     else:
         values = (2.0 * uniform - 1.0) / math.sqrt(pair.shape[1])
     return values.float()

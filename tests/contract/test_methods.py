@@ -10,7 +10,7 @@ import torch
 from forgetscale.methods import METHODS
 from tests.distributed.compare import assert_same_weights
 from tests.distributed.harness import Job, RankServer
-from tests.distributed.runs import SSU, Runs, load_weights, read_lines
+from tests.distributed.runs import SSU, Run, Runs, load_weights, read_lines
 
 SETTINGS = {
     "sft": {"kind": "sft"},
@@ -20,7 +20,18 @@ SETTINGS = {
     "gmt_official": {"kind": "gmt_official"},
     "lota": {"kind": "lota", "trainable_fraction": 0.3, "num_trial_steps": 5, "trial_lr": 1e-3},
     "s2ft": {"kind": "s2ft", "trainable_fraction": 0.3, "variant": "down_output"},
+    "adalora": {
+        "kind": "adalora",
+        "target_rank": 2,
+        "shrink_until_step": 4,
+        "orthogonality": 0.01,
+    },
 }
+CHANGES: dict[str, dict] = {
+    # Six steps from factors of deviation 0.02, with 0 between them, would hardly show.
+    "adalora": {"adapter": {"kind": "svd", "rank": 4, "alpha": 300}, "train.num_steps": 14},
+}
+"""What else the recipe of a method needs; methods with an adapter train its factors."""
 NEUTRAL = {
     "sft": {"kind": "sft"},
     "ssu": {"kind": "ssu", "frozen_fraction": 0.0},
@@ -31,6 +42,7 @@ NEUTRAL = {
     "lota": {**SETTINGS["lota"], "trainable_fraction": 1.0},
     # Whatever the fraction, only feed-forward channels and heads are trained.
     "s2ft": None,
+    "adalora": {**SETTINGS["adalora"], "target_rank": 4, "orthogonality": 0.0},
 }
 DRAWS = {"hft", "s2ft"}
 """Methods whose plan is drawn by ``run.seed``; other plans are measured."""
@@ -49,24 +61,37 @@ def method(request) -> str:
     return request.param
 
 
+def get(runs: Runs, method: str, size: int, settings: dict | None = None, **changes) -> Run:
+    more = {path.replace(".", "__"): value for path, value in CHANGES.get(method, {}).items()}
+    return runs.get(settings or SETTINGS[method], size, **more, **changes)
+
+
+def recipe_of(runs: Runs, name: str, method: str, **changes) -> dict:
+    return runs.recipe(name, SETTINGS[method], CHANGES.get(method, {}) | changes)
+
+
+def trained(run: Run) -> dict[str, torch.Tensor]:
+    return run.outcome.value["factors"] or run.masters
+
+
 def exact(path) -> list[tuple]:
     return [tuple(line[key] for key in EXACT) for line in read_lines(path / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_one_rank_equals_many(runs: Runs, method: str, size: int):
-    one, many = (runs.get(SETTINGS[method], n) for n in (1, size))
+    one, many = (get(runs, method, n) for n in (1, size))
     assert many.losses == pytest.approx(one.losses, rel=2e-6)
-    assert_same_weights(many.masters, one.masters)
+    assert_same_weights(trained(many), trained(one))
     frozen = [run.frozen for run in (one, many)]
     assert all(torch.equal(frozen[0][name], frozen[1][name]) for name in frozen[0])
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_same_run_twice_is_bit_equal(ranks: RankServer, runs: Runs, method: str, size: int):
-    recipe = runs.recipe(f"twice-{method}-{size}", SETTINGS[method])
+    recipe = recipe_of(runs, f"twice-{method}-{size}", method)
     ranks.must("training:command", size, recipe=recipe)
-    first = runs.get(SETTINGS[method], size)
+    first = get(runs, method, size)
     folder = runs.world() / f"twice-{method}-{size}"
     assert exact(folder) == exact(first.folder)
     found = load_weights(folder / "export")
@@ -74,12 +99,12 @@ def test_the_same_run_twice_is_bit_equal(ranks: RankServer, runs: Runs, method: 
 
 
 def test_stop_and_resume_is_bit_equal(ranks: RankServer, runs: Runs, method: str):
-    recipe = runs.recipe(f"resumed-{method}", SETTINGS[method])
+    recipe = recipe_of(runs, f"resumed-{method}", method)
     options = {"recipe": recipe, "step": 3, "rank": 1, "number": int(signal.SIGUSR1)}
     stopped = ranks.run("crash:train_and_signal", 2, **options)
     assert stopped.codes == [75, 75]
     ranks.must("training:command", 2, recipe=recipe)
-    folder, whole = runs.world() / f"resumed-{method}", runs.get(SETTINGS[method], 2)
+    folder, whole = runs.world() / f"resumed-{method}", get(runs, method, 2)
     assert exact(folder) == exact(whole.folder)
     found = load_weights(folder / "export")
     assert all(torch.equal(found[name], weight) for name, weight in whole.export.items())
@@ -87,8 +112,12 @@ def test_stop_and_resume_is_bit_equal(ranks: RankServer, runs: Runs, method: str
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_frozen_bits_with_decay(runs: Runs, method: str, size: int):
-    run = runs.get(SETTINGS[method], size)
+    run = get(runs, method, size)
     assert run.recipe["optim"]["weight_decay"] > 0
+    if "adapter" in CHANGES.get(method, {}):
+        assert all(torch.equal(run.masters[name], w) for name, w in run.source.items())
+        assert all(bool(value.any()) for value in trained(run).values())
+        return
     for name, frozen in run.frozen.items():
         source = run.source[name][frozen]
         assert torch.equal(run.export[name][frozen].view(torch.int32), source.view(torch.int32))
@@ -104,14 +133,16 @@ def test_neutral_setting_is_sft(runs: Runs, method: str):
         assert method == "s2ft"
         return
     norm = 1e6 if method == "gmt_official" else 0.5
-    neutral = runs.get(settings, 2, optim__max_grad_norm=norm)
-    sft = runs.get("sft", 2, optim__max_grad_norm=norm)
+    neutral, sft = (
+        get(runs, method, 2, kind, optim__max_grad_norm=norm)
+        for kind in (settings, {"kind": "sft"})
+    )
     assert neutral.losses == sft.losses
-    assert all(torch.equal(neutral.masters[n], w) for n, w in sft.masters.items())
+    assert all(torch.equal(trained(neutral)[n], w) for n, w in trained(sft).items())
 
 
 def test_learning_happens(runs: Runs, method: str):
-    losses = runs.get(SETTINGS[method], 2).losses
+    losses = get(runs, method, 2).losses
     assert losses[-1] < losses[0]
 
 
@@ -121,8 +152,7 @@ def test_another_seed_gives_another_protection_only_where_it_draws(
     if method == "sft":
         return
     recipes = {
-        str(seed): runs.recipe(f"seed-{seed}", SETTINGS[method], {"run.seed": seed})
-        for seed in (3, 4)
+        str(seed): recipe_of(runs, f"seed-{seed}", method, **{"run.seed": seed}) for seed in (3, 4)
     }
     (outcome,) = ranks.run_all([Job("plans:make", {"recipes": recipes})])
     same = outcome.value["3"]["hash"] == outcome.value["4"]["hash"]

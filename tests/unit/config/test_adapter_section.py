@@ -57,6 +57,29 @@ def test_methods_that_choose_weights_are_refused(method: dict):
     assert "mean nothing by themselves" in found and "Set method.kind to sft" in found
 
 
+ADALORA = {"kind": "adalora", "shrink_until_step": 8}
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter", "expected"),
+    [
+        (ADALORA, None, "set adapter.kind to svd, got no adapter"),
+        (ADALORA, {"kind": "lora"}, "set adapter.kind to svd, got lora"),
+        (ADALORA | {"target_rank": 13}, {"kind": "svd"}, "target_rank is 13, but adapter.rank"),
+        (ADALORA | {"shrink_until_step": 10}, {"kind": "svd"}, "so no step of train.num_steps 10"),
+        (ADALORA | {"shrink_from_step": 9}, {"kind": "svd"}, "before shrink_until_step, got 9 and"),
+        (ADALORA | {"interval": 0}, {"kind": "svd"}, "interval must be > 0, got 0"),
+    ],
+)
+def test_adalora_needs_factors_it_can_shrink(method: dict, adapter: dict | None, expected: str):
+    assert expected in sentence(method=method, adapter=adapter)
+
+
+def test_svd_scale_is_pefts():
+    section = validate_recipe(GOOD | {"adapter": {"kind": "svd"}}).adapter
+    assert section.scale == 32 / (12 + 1e-5)
+
+
 def test_any_loss_goes_with_an_adapter():
     recipe = validate_recipe(GOOD | {"method": {"kind": "sft", "loss": {"kind": "eaft"}}})
     assert recipe.method.loss.kind == "eaft"
