@@ -130,10 +130,9 @@ class TestMistakes:
         assert message == (f"{path} is missing; add it to the recipe or give --set {path}=VALUE.")
 
     def test_missing_kind(self):
-        assert (
-            "method.kind is missing; expected one of gmt, gmt_official, hft, lota, s2ft"
-            in sentence(without("method.kind"))
-        )
+        found = sentence(without("method.kind"))
+        assert found.startswith("method.kind is missing; expected one of ")
+        assert found.endswith("gmt, gmt_official, hft, lota, s2ft, sft, ssu.")
 
     def test_several_mistakes_give_several_sentences(self):
         values = changed("optim.lr", -1)
