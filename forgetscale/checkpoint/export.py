@@ -186,6 +186,7 @@ def _write_weights(
     hashes: dict[str, str] = {}
     total = 0
     for number, matrices in enumerate(files):
+        world.stop_if_asked("during the export")
         name = (
             SINGLE_FILE
             if len(files) == 1

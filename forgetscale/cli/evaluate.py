@@ -49,5 +49,5 @@ def run(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(f"{error}.") from error
     output: Path = options.output
-    with running_world(output.parent / f"{output.name}-log") as (_, log):
-        measure_folder(config, options.model, output, options.seed, log)
+    with running_world(output.parent / f"{output.name}-log") as (world, log):
+        measure_folder(config, options.model, output, options.seed, world, log)

@@ -43,9 +43,13 @@ def log_path(directory: Path) -> Path:
 
 @contextmanager
 def running_world(directory: Path) -> Iterator[tuple[World, RunLog]]:
-    """Join the process group for the length of a command; logs go below ``directory``."""
+    """Join the process group for the length of a command; logs go below ``directory``.
+
+    SIGUSR1 and SIGTERM are taken as a request to stop, see ``World.stop_if_asked``.
+    """
     path = log_path(directory)
     world = start_world(path)
+    world.stop.listen()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield world, RunLog(path, world.is_main)
@@ -55,4 +59,5 @@ def running_world(directory: Path) -> Iterator[tuple[World, RunLog]]:
             raise
         raise sentence from error
     finally:
+        world.stop.close()
         stop_world()

@@ -15,8 +15,7 @@ from transformers import AutoTokenizer
 from forgetscale.cli.inputs import check_inputs
 from forgetscale.cli.recipe_options import add_recipe_options, read_recipe, running_world
 from forgetscale.config import EvaluateConfig, Recipe, recipe_dict
-from forgetscale.engine import RunLog, StopRequest, check_run_folder, open_run_folder, train
-from forgetscale.errors import StoppedEarly
+from forgetscale.engine import RunLog, check_run_folder, open_run_folder, train
 from forgetscale.evaluation import LiveEvaluator, ProcessGroupCollective, evaluate_model
 from forgetscale.evaluation.report import build_report
 from forgetscale.evaluation.reuse import is_live_task, results_match
@@ -46,6 +45,7 @@ class _LiveModel:
     @torch.no_grad()
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Score right-padded rows; causal attention keeps padding out of earlier positions."""
+        self._engine.world.stop_if_asked("during evaluation")
         device = self._engine.world.device
         nll, best = self._engine(input_ids.to(device), labels=input_ids.to(device), mode="score")
         return nll.cpu(), best.cpu()
@@ -73,9 +73,10 @@ def live_evaluation(recipe: Recipe) -> Callable[[ZeroEngine], list[dict[str, Any
     return measure
 
 
-def full_evaluation(recipe: Recipe, model: Path, output: Path, log: RunLog) -> None:
+def full_evaluation(recipe: Recipe, model: Path, output: Path, world: World, log: RunLog) -> None:
     """Measure the recipe's tasks on a model folder; see ``measure_folder``."""
-    measure_folder(recipe.evaluate, model, output, recipe.run.seed, log, recipe_dict(recipe))
+    config, seed = recipe.evaluate, recipe.run.seed
+    measure_folder(config, model, output, seed, world, log, recipe_dict(recipe))
 
 
 def measure_folder(
@@ -83,6 +84,7 @@ def measure_folder(
     model: Path,
     output: Path,
     seed: int,
+    world: World,
     log: RunLog,
     recipe: Mapping[str, Any] | None = None,
 ) -> None:
@@ -110,13 +112,9 @@ def measure_folder(
         recipe=recipe,
         replace=True,
         log_path=log.path,
+        before_call=lambda: world.stop_if_asked("during evaluation"),
     )
     log(f"evaluated {model} -> {output}")
-
-
-def _stop_if_asked(world: World, stop: StopRequest) -> None:
-    if float(world.sum(torch.tensor([float(stop.requested)]))):
-        raise StoppedEarly("stopped on request; start the same command again to go on.")
 
 
 def _write_report(output: Path, log: RunLog) -> None:
@@ -133,19 +131,14 @@ def run(options: argparse.Namespace) -> None:
     output = recipe.run.output_dir
     method = METHODS[recipe.method.kind](recipe.method)
     with running_world(output) as (world, log):
-        stop = StopRequest()
-        try:
-            world.on_main(lambda: check_inputs(recipe))
-            world.on_main(lambda: open_run_folder(recipe))
-            log(f"run {recipe.run.name}: {recipe.method.kind} on {world.size} ranks -> {output}")
-            if recipe.evaluate.tasks:
-                full_evaluation(recipe, recipe.model.path, output / "results" / "source", log)
-                _stop_if_asked(world, stop)
-            train(recipe, method, world, log, stop, live_evaluation(recipe))
-            if recipe.evaluate.tasks:
-                _stop_if_asked(world, stop)
-                full_evaluation(recipe, output / "export", output / "results" / "final", log)
-                world.on_main(lambda: _write_report(output, log))
-        finally:
-            stop.close()
+        world.on_main(lambda: check_inputs(recipe))
+        world.on_main(lambda: open_run_folder(recipe))
+        log(f"run {recipe.run.name}: {recipe.method.kind} on {world.size} ranks -> {output}")
+        if recipe.evaluate.tasks:
+            before = output / "results" / "source"
+            full_evaluation(recipe, recipe.model.path, before, world, log)
+        train(recipe, method, world, log, live_evaluation(recipe))
+        if recipe.evaluate.tasks:
+            full_evaluation(recipe, output / "export", output / "results" / "final", world, log)
+            world.on_main(lambda: _write_report(output, log))
         log("done")

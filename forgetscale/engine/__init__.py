@@ -5,12 +5,10 @@ from forgetscale.engine.metrics import RunLog
 from forgetscale.engine.plans import make_plan, write_plan
 from forgetscale.engine.run import export_checkpoint, train
 from forgetscale.engine.start import open_source
-from forgetscale.engine.stop import StopRequest
 
 __all__ = [
     "check_run_folder",
     "RunLog",
-    "StopRequest",
     "export_checkpoint",
     "make_plan",
     "open_run_folder",

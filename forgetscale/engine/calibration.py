@@ -103,6 +103,7 @@ class SourceCalibration:
         turns = -(-len(groups) // self.world.size)
         with self.progress(turns) as progress:
             for turn in range(turns):
+                self.world.stop_if_asked("during calibration")
                 index = turn * self.world.size + self.world.rank
                 real = index < len(groups)
                 group = list(groups[index if real else 0])

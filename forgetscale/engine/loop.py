@@ -19,7 +19,6 @@ from forgetscale.engine.extras import LossExtras
 from forgetscale.engine.metrics import MetricsLog, memory_bytes
 from forgetscale.engine.micro_batches import MicroBatch, batches_of
 from forgetscale.engine.step_loss import divide_by_weights, summarize_loss
-from forgetscale.engine.stop import StopRequest
 from forgetscale.errors import DataError, NonFiniteError, StoppedEarly
 from forgetscale.ops import IGNORE_INDEX
 from forgetscale.ops.losses import LossFunction, LossRecord, LossSums
@@ -45,7 +44,6 @@ class Training:
     metrics: MetricsLog
     audit: FreezeAudit
     progress: Progress
-    stop: StopRequest
     num_steps: int
     num_micro_batches: int
     evaluate: Evaluate | None
@@ -178,7 +176,7 @@ def _agree_finite(
         bad = f"the gradient of {job.engine.layout.matrix_of(name)}"
     mine = torch.stack(
         [loss_sum.double().cpu(), torch.tensor(float(bad is not None)).double()]
-        + [torch.tensor(float(job.stop.requested)).double()]
+        + [torch.tensor(float(job.world.stop.requested)).double()]
     )
     mine = torch.cat([mine, record.sums().cpu()])
     total_loss, num_bad, num_stop, *sums = job.world.sum(mine).tolist()
@@ -203,6 +201,30 @@ def _evaluate(job: Training) -> None:
     job.metrics.evaluation(job.state.step, job.state.target_tokens, results)
 
 
+def _lacks_evaluation(job: Training) -> bool:
+    """Return whether a resumed run stopped in the measurement of the step it stands at."""
+    every = job.recipe.evaluate.every_steps
+    step = job.state.step
+    due = every is not None and (step % every == 0 or step == job.num_steps)
+    return due and not job.world.broadcast(job.metrics.has_evaluation(step))
+
+
+def _evaluate_or_save(job: Training, *, saved_next: bool) -> None:
+    """Measure; if that is interrupted, save the step first. The next start measures it again.
+
+    Args:
+        job: The run.
+        saved_next: Whether the frozen elements of this step were audited already.
+    """
+    try:
+        _evaluate(job)
+    except StoppedEarly:
+        if not saved_next:
+            job.audit.check(job.state.step)
+        _save(job)
+        raise
+
+
 def _save(job: Training) -> None:
     job.store.save(job.state, job.engine, job.method.state_dict())
 
@@ -220,7 +242,7 @@ def train_loop(job: Training) -> RunState:
     train = job.recipe.train
     every = job.recipe.evaluate.every_steps
     job.engine.set_training(True)
-    if job.state.step == 0:
+    if job.state.step == 0 or _lacks_evaluation(job):
         _evaluate(job)
     with job.progress as progress:
         while job.state.step < job.num_steps:
@@ -244,7 +266,7 @@ def train_loop(job: Training) -> RunState:
                 job.audit.check(step)
             # Measured before it is saved: a run killed in between measures this step again.
             if last or (every is not None and step % every == 0):
-                _evaluate(job)
+                _evaluate_or_save(job, saved_next=saves)
             if saves:
                 _save(job)
             if result.stop and not last:

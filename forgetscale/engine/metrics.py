@@ -109,6 +109,13 @@ class MetricsLog:
             step, {f"{result['task']}/{result['metric']}": result["value"] for result in results}
         )
 
+    def has_evaluation(self, step: int) -> bool:
+        """Return whether the curve holds a step; False on ranks that do not write."""
+        if not self._visible or not self._curve.is_file():
+            return False
+        lines = self._curve.read_text(encoding="utf-8").splitlines()
+        return any(json.loads(line)["step"] == step for line in lines)
+
     def _append(self, path: Path, value: Mapping[str, Any]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(value) + "\n")

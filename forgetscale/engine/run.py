@@ -28,7 +28,6 @@ from forgetscale.engine.loop import Evaluate, Training, train_loop
 from forgetscale.engine.metrics import MetricsLog, RunLog
 from forgetscale.engine.protection import Protection, settle_protection
 from forgetscale.engine.start import SourceModel, open_source, start_engine
-from forgetscale.engine.stop import StopRequest
 from forgetscale.errors import AuditError, CheckpointError, ConfigError
 from forgetscale.progress import Progress
 from forgetscale.zero3 import DTYPES, World, ZeroEngine
@@ -55,7 +54,6 @@ def train(
     method: Method,
     world: World,
     log: RunLog,
-    stop: StopRequest,
     evaluate: Evaluate | None = None,
 ) -> RunState:
     """Run a recipe to its end, resuming from the newest good checkpoint if there is one.
@@ -65,7 +63,6 @@ def train(
         method: The protection.
         world: This process among all.
         log: Log of the run.
-        stop: Knows whether this process was asked to stop.
         evaluate: Measures the live model, or None.
 
     Collective: every rank must call it.
@@ -105,7 +102,6 @@ def train(
         metrics=metrics,
         audit=audit,
         progress=_progress(num_steps, state, log),
-        stop=stop,
         num_steps=num_steps,
         num_micro_batches=accumulation_steps(recipe, world.size),
         evaluate=evaluate,

@@ -63,6 +63,7 @@ def train_and_subtract(
     count = accumulation_steps(recipe, world.size)
     with progress(num_steps) as display:
         for step in range(1, num_steps + 1):
+            world.stop_if_asked("during the trial training")
             batch = next(stream)
             batches = batches_of(
                 batch, size=train.micro_batch_size, count=count, document_mask=mask

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,7 @@ class ModelEvaluator:
         settings: MeasureSettings,
         *,
         log_path: Path | None = None,
+        before_call: Callable[[], None] = lambda: None,
     ) -> Measured:
         """Measure all tasks.
 
@@ -202,6 +203,7 @@ class ModelEvaluator:
             collective: The processes that evaluate together.
             settings: Batch size, seed and bootstrap.
             log_path: Text file for plain progress lines.
+            before_call: Called on every rank before each next forward call; may raise on all.
 
         Returns:
             Results in the order of the tasks, and one record per question or row.
@@ -219,6 +221,7 @@ class ModelEvaluator:
 
             def advance(name: str) -> None:
                 progress.update(next(done), name)
+                before_call()
 
             for task in self._tasks:
                 measured = task.measure(
@@ -246,6 +249,7 @@ def evaluate_model(
     recipe: Mapping[str, Any] | None = None,
     replace: bool = False,
     log_path: Path | None = None,
+    before_call: Callable[[], None] = lambda: None,
 ) -> list[Result]:
     """Evaluate a model folder on tasks and publish ``results.json`` and ``samples.parquet``.
 
@@ -264,6 +268,7 @@ def evaluate_model(
         recipe: Resolved recipe to record.
         replace: Swap an existing result folder.
         log_path: Text file for plain progress lines.
+        before_call: Called on every rank before each next forward call; may raise on all.
 
     Returns:
         The results, on all ranks.
@@ -281,7 +286,9 @@ def evaluate_model(
         loaded, tasks, task_dir, max_new_tokens=max_new_tokens, options=options
     )
     settings = MeasureSettings(batch_size, seed, options.num_resamples)
-    results, samples = evaluator.evaluate(collective, settings, log_path=log_path)
+    results, samples = evaluator.evaluate(
+        collective, settings, log_path=log_path, before_call=before_call
+    )
     write = functools.partial(write_results, output_dir, results, samples, recipe=recipe)
 
     def publish() -> None:

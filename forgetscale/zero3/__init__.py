@@ -9,6 +9,7 @@ from forgetscale.zero3.engine import (
     construct_partitioned,
 )
 from forgetscale.zero3.shards import STATES, Slice, ZeroShards
+from forgetscale.zero3.stop import StopRequest
 from forgetscale.zero3.world import (
     World,
     launcher_rank,
@@ -24,6 +25,7 @@ __all__ = [
     "ReadSlice",
     "STATES",
     "Slice",
+    "StopRequest",
     "World",
     "ZeroEngine",
     "ZeroShards",

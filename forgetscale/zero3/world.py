@@ -12,7 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from forgetscale.errors import ForgetScaleError, ShardError
+from forgetscale.errors import ForgetScaleError, ShardError, StoppedEarly
+from forgetscale.zero3.stop import StopRequest
 
 T = TypeVar("T")
 TIMEOUT_MINUTES = 10
@@ -99,6 +100,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    stop: StopRequest = field(default_factory=StopRequest)
+    """Whether this process was asked to stop."""
 
     @property
     def is_main(self) -> bool:
@@ -114,6 +117,18 @@ class World:
         result = value.detach().to(self.device, copy=True)
         dist.all_reduce(result, op=dist.ReduceOp.SUM)
         return result.to(value.device)
+
+    def stop_if_asked(self, when: str) -> None:
+        """Raise on all ranks if any was asked to stop. Collective: every rank must call it.
+
+        Args:
+            when: What is given up, such as ``during calibration``.
+
+        Raises:
+            StoppedEarly: A rank was.
+        """
+        if float(self.sum(torch.tensor(float(self.stop.requested)))):
+            raise StoppedEarly(f"stopped on request {when}; start the same command again to go on.")
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return every rank's picklable value, by rank. Collective: every rank must call it."""

@@ -85,3 +85,40 @@ def test_a_crash_loses_and_doubles_no_point(
     assert points(folder) == points(expected.folder)
     found = load_weights(folder / "export")
     assert all(torch.equal(found[n], w) for n, w in expected.export.items())
+
+
+PHASES = (
+    ("during evaluation", 1, "of the source model"),
+    ("during calibration", 1, "before the plan is made"),
+    ("during evaluation", 1, "at step 0, nothing to save yet"),
+    ("during evaluation", 3, "at step 2, which is saved first"),
+    ("during evaluation", 5, "at step 6, after those of steps 2 and 4"),
+    ("during the export", 1, "after step 6 was measured"),
+    ("during evaluation", 1, "of the export"),
+)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_request_to_stop_is_heard_in_every_phase_and_loses_nothing(
+    ranks: RankServer, runs: Runs, settings: dict, size: int
+):
+    expected = measured(runs, settings, size)
+    name = f"stopped-everywhere-{size}"
+    # As many calls on one rank as on two, so that one table of phases serves both.
+    changes = {"evaluate": settings | {"batch_size": 4 // size}}
+    path = tiny.write_recipe(runs.world() / f"{name}.yaml", runs.recipe(name, SSU, changes))
+    arguments = ["train", "--config", str(path)]
+    folder = runs.world() / name
+    for when, number, where in PHASES:
+        outcome = ranks.run(
+            "crash:signal_when", size, arguments=arguments, when=when, number=number
+        )
+        assert outcome.codes == [75] * size, (where, outcome.logs)
+        assert f"stopped on request {when}" in outcome.logs[0]
+    outcome = ranks.run("cli:run", size, arguments=arguments)
+    assert outcome.codes == [0] * size, outcome.logs
+    assert [step for step, _ in points(folder)] == [0, 2, 4, 6]
+    values = [[value for _, value in points(each)] for each in (folder, expected.folder)]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    found = load_weights(folder / "export")
+    assert all(torch.equal(found[n], w) for n, w in expected.export.items())

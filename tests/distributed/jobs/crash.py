@@ -23,6 +23,7 @@ import forgetscale.engine.loop as loop
 import forgetscale.zero3.shards as shards
 from forgetscale.cli import main
 from forgetscale.engine.metrics import MetricsLog
+from forgetscale.zero3 import World
 from tests.distributed.jobs.training import command
 
 
@@ -192,6 +193,17 @@ def train_for_and_signal(arguments: list[str], step: int) -> None:
     event = Countdown(step, lambda: os.kill(os.getpid(), signal.SIGUSR1), 0)
     original = shards.ZeroShards.non_finite
     with mock.patch.object(shards.ZeroShards, "non_finite", before(event, original, always)):
+        raise SystemExit(main(arguments))
+
+
+def signal_when(arguments: list[str], when: str, number: int) -> None:
+    """Run a command line; one rank gets SIGUSR1 before the ``number``-th poll of a phase."""
+    event = Countdown(
+        number, lambda: os.kill(os.getpid(), signal.SIGUSR1), dist.get_world_size() - 1
+    )
+    original = World.stop_if_asked
+    of_phase = before(event, original, lambda world, found: found == when)
+    with mock.patch.object(World, "stop_if_asked", of_phase):
         raise SystemExit(main(arguments))
 
 

@@ -16,8 +16,8 @@ from forgetscale.engine import open_run_folder
 from forgetscale.engine.folder import first_difference
 from forgetscale.engine.metrics import MetricsLog, RunLog, drop_lines_after, memory_bytes
 from forgetscale.engine.run import num_train_steps
-from forgetscale.engine.stop import StopRequest
 from forgetscale.errors import ConfigError
+from forgetscale.zero3 import StopRequest
 
 DEEPSPEED = Path(__file__).resolve().parents[3] / "ds_configs" / "zero3.json"
 
@@ -143,6 +143,7 @@ class TestMetrics:
 def test_a_signal_is_only_noted(number: int):
     before = signal.getsignal(number)
     stop = StopRequest()
+    stop.listen()
     assert not stop.requested
     os.kill(os.getpid(), number)
     assert stop.requested
