@@ -125,7 +125,8 @@ class Pool(Team):
 
 
 def _run_child(target: Callable[[Any, Team], None], order: Any, team: Team, pipe: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    for number in (signal.SIGINT, signal.SIGUSR1):  # the parent decides
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = parent_process()
     assert parent is not None

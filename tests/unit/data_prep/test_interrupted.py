@@ -201,6 +201,17 @@ def test_a_killed_worker_ends_the_build(command, tmp_path):
     assert not (tmp_path / "set").exists()
 
 
+def test_a_request_to_stop_of_all_processes_is_safe_to_start_again(command, tmp_path):
+    process = start([*command, "--num-processes", "2"])
+    wait_for_results(tmp_path, process)
+    os.killpg(process.pid, signal.SIGUSR1)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, message
+    assert not (tmp_path / "set").exists() and results(tmp_path)
+    done = run([*command, "--num-processes", "2"])
+    assert done.returncode == 0, done.stderr
+
+
 @needs_mpi
 def test_bad_input_under_mpi_is_one_sentence(command, many_files):
     path = many_files / "15.jsonl.gz"
