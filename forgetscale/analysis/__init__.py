@@ -11,5 +11,6 @@ from collections.abc import Mapping
 
 ANALYSES: Mapping[str, str] = {
     "cache-logits": "forgetscale.analysis.cache_logits",
+    "landscape": "forgetscale.analysis.landscape",
 }
 """Flag of ``forgetscale analyze`` -> module."""

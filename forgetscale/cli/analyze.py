@@ -18,7 +18,11 @@ EXAMPLES = """examples:
   deepspeed --num_gpus 8 --module forgetscale analyze --cache-logits --config run.yaml \\
       --top-k 32 --stored-dtype float16 --output caches/chats
 
-The same command goes on where it was stopped.
+  forgetscale analyze --landscape --config runs/a/recipe.yaml --output runs/a-landscape
+  forgetscale analyze --landscape --config run.yaml --output landscape \\
+      --models before=models/m sft=runs/sft/export eaft=runs/eaft/export
+
+The same --cache-logits command goes on where it was stopped.
 """
 
 

@@ -98,7 +98,7 @@ def landscape_observer(top_k: int) -> Observer:
 
     ``log_prob`` of the label, ``entropy`` over the whole vocabulary and ``top_entropy`` over the
     ``top_k`` largest logits (nats), ``gradient``: the norm of ``P - e_y``, and the model's own
-    choice ``best`` (int32).
+    choice ``best`` (int32) with its ``best_log_prob``.
 
     Args:
         top_k: As in the loss, in 2..V.
@@ -107,7 +107,8 @@ def landscape_observer(top_k: int) -> Observer:
     def look(log_probs: Tensor, labels: Tensor) -> Columns:
         log_prob = log_probs.gather(1, labels[:, None])[:, 0].clone()
         top_entropy = topk_entropy(log_probs, top_k)
-        best = log_probs.argmax(-1).to(torch.int32)
+        largest = log_probs.max(-1)
+        best, best_log_prob = largest.indices.to(torch.int32), largest.values
         probs = log_probs.exp_()
         squares = 1 - 2 * log_prob.exp() + probs.square().sum(-1)
         return {
@@ -116,6 +117,7 @@ def landscape_observer(top_k: int) -> Observer:
             "top_entropy": top_entropy,
             "gradient": squares.clamp_min(0).sqrt(),
             "best": best,
+            "best_log_prob": best_log_prob,
         }
 
     return Observer(look)
