@@ -15,14 +15,17 @@ The engine's step, as pseudo-code::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from forgetscale.config import CalibrationConfig
 from forgetscale.masks import AdapterPair, FreezePlan
 from forgetscale.ops.losses import LossFunction, cross_entropy
+from forgetscale.projections.basis import FisherBasis, MeasuredBasis
 
 
 @dataclass(slots=True)
@@ -48,6 +51,13 @@ class ShardSet(Protocol):
     """Adapted matrix -> names, shapes and scale of its factors; empty without an adapter. The
     factors are slices like any other; the weights beside them have no gradient."""
 
+    rank: int
+    """This rank, 0..size - 1."""
+    size: int
+    """Number of ranks."""
+    lr: float
+    """Learning rate of the step that is being made; 0 outside a step."""
+
     def __iter__(self) -> Iterator[ParamShard]:
         """Yield the slices in the same order on every rank."""
 
@@ -70,6 +80,19 @@ class Batch:
     """``[B]`` int64, each row's position in the calibration order, ``0..num_blocks - 1``."""
 
 
+@dataclass(frozen=True, slots=True)
+class LabelledBatch:
+    """Rows of one pass with what is predicted in them."""
+
+    batch: Batch
+    labels: Tensor
+    """``[B, T]`` int64, for ``Calibration.backward``."""
+    real: Tensor
+    """``[B, T]`` bool, False for padding and for rows that only keep ranks in step."""
+    loss: LossFunction
+    """Negative log-likelihood summed over the labelled positions."""
+
+
 class Calibration(Protocol):
     """The source model and source data before training; leaves the weights bit-equal.
 
@@ -81,6 +104,8 @@ class Calibration(Protocol):
     """The model on the meta device: names, shapes, module types. No values, no process group."""
     seed: int
     """``run.seed``, for methods that draw at random."""
+    peak_lr: float
+    """``optim.lr``."""
 
     @property
     def num_blocks(self) -> int:
@@ -125,6 +150,67 @@ class Calibration(Protocol):
         Args:
             num_steps: Optimizer steps from the start of the stream, > 0.
             lr: Constant learning rate, > 0.
+
+        Collective: every rank must call it.
+        """
+
+    def read_source(self, name: str, start: int, length: int) -> Tensor:
+        """Return elements of a flattened source weight in the model's type.
+
+        It may be called after ``prepare`` too: it reads from disk, not from the live model.
+        """
+
+    @property
+    def num_ranks(self) -> int:
+        """Return the number of processes."""
+
+    def num_rows(self, source: CalibrationConfig | None) -> int:
+        """Return how many rows of a source are used; see ``labelled``."""
+
+    def labelled(
+        self, source: CalibrationConfig | None, *, sampled: bool
+    ) -> Iterator[LabelledBatch]:
+        """Yield this rank's batches with labels; all ranks get the same number of equal shape.
+
+        Rows may be padded or supervised in parts (SFT): then only targets have labels.
+
+        Args:
+            source: Data; None takes the method's own calibration data.
+            sampled: The model's own predictions are drawn as labels, the same for any number of
+                ranks, in place of the data's.
+        """
+
+    def sample_gradients(
+        self, source: CalibrationConfig | None, *, per_sample: int, sampled: bool
+    ) -> Iterator[ShardSet]:
+        """Yield gradients of the negative log-likelihood, summed over ``per_sample`` rows each.
+
+        The slices' ``grad`` is reduced over ranks and holds until the next one is asked for; no
+        weight changes. The live modules of ``named_modules`` are gone afterwards.
+
+        Args:
+            source: Data; None takes the method's own calibration data.
+            per_sample: Rows whose gradients are summed; all ranks share them.
+            sampled: As in ``labelled``.
+
+        Collective: every rank must call it and take all of them.
+        """
+
+    def settle_basis(
+        self,
+        given: Path | None,
+        settings: Mapping[str, Any],
+        measure: Callable[[], MeasuredBasis],
+    ) -> FisherBasis:
+        """Return the run's Fisher basis: kept from before, given by path, or measured now and kept.
+
+        Args:
+            given: Folder of a finished basis, or None.
+            settings: What the recipe asks for, by name; a finished basis must agree.
+            measure: Measures it; called where there is none.
+
+        Raises:
+            ConfigError: A finished basis is of another model, convention or setting.
 
         Collective: every rank must call it.
         """

@@ -6,6 +6,15 @@ from forgetscale.config.adapters import (
     LoraAdapterConfig,
     SvdAdapterConfig,
 )
+from forgetscale.config.anchored import (
+    STRUCTURES_OF,
+    AlignguardMethodConfig,
+    EwcMethodConfig,
+    FisherBasisConfig,
+    L2SpMethodConfig,
+    OsfMethodConfig,
+)
+from forgetscale.config.calibration import CalibrationConfig
 from forgetscale.config.data import (
     DataConfig,
     MixtureDataConfig,
@@ -47,7 +56,6 @@ from forgetscale.config.methods import (
     DATA_SCORES,
     SCORES,
     AdaloraMethodConfig,
-    CalibrationConfig,
     FisherConfig,
     GmtMethodConfig,
     HftMethodConfig,
@@ -82,6 +90,12 @@ __all__ = [
     "generate_recipe_dict",
     "load_generate_recipe",
     "validate_generate_recipe",
+    "AlignguardMethodConfig",
+    "EwcMethodConfig",
+    "FisherBasisConfig",
+    "L2SpMethodConfig",
+    "OsfMethodConfig",
+    "STRUCTURES_OF",
     "CalibrationConfig",
     "CrossEntropyLossConfig",
     "DATA_SCORES",

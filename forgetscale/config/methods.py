@@ -9,6 +9,13 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict, Discriminator
 
+from forgetscale.config.anchored import (
+    AlignguardMethodConfig,
+    EwcMethodConfig,
+    L2SpMethodConfig,
+    OsfMethodConfig,
+)
+from forgetscale.config.calibration import CalibrationConfig
 from forgetscale.config.losses import CrossEntropyLossConfig, LossConfig
 from forgetscale.config.ranges import STRICT, require, require_fraction
 
@@ -28,30 +35,6 @@ DATA_SCORES = ("paper", "official", "fisher", "sgpt_true", "sgpt_official", "for
 """Scores that are measured on source data."""
 AXIS_SCORES = ("paper", "official", "mag_l1", "mag_l2", "rand")
 """Scores that are defined for rows and single elements as well as for columns."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CalibrationConfig:
-    """Source data on which importance is measured."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    path: Path
-    """Token set of source chats (``data_prep build --chat``)."""
-    num_blocks: int = 500
-    """Rows used, at equal strides over the set, > 0."""
-    micro_batch_size: int = 1
-    """Rows per forward pass, > 0. Part of the plan's identity: it fixes how matmuls are cut."""
-
-    max_statistics_bytes: int = 2**33
-    """Memory per rank for sums of outer products of inputs (``score: sgpt_true``), > 0; with less
-    than all of them need, the data are passed through the model several times."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        for name in ("num_blocks", "micro_batch_size", "max_statistics_bytes"):
-            value = getattr(self, name)
-            require(value > 0, f"{name} must be > 0, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -299,6 +282,10 @@ MethodConfig = Annotated[
     | GmtMethodConfig
     | LotaMethodConfig
     | S2ftMethodConfig
-    | AdaloraMethodConfig,
+    | AdaloraMethodConfig
+    | L2SpMethodConfig
+    | EwcMethodConfig
+    | AlignguardMethodConfig
+    | OsfMethodConfig,
     Discriminator("kind"),
 ]

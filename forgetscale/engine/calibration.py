@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from forgetscale.api import Batch
+from forgetscale.api import Batch, LabelledBatch, ShardSet
 from forgetscale.config import CalibrationConfig
 from forgetscale.data import TokenSet, TrainingData, calibration_rows
+from forgetscale.engine.labelled import LabelledRows
 from forgetscale.errors import ConfigError, DataError
 from forgetscale.models import CausalLMWithLoss
 from forgetscale.ops import IGNORE_INDEX
 from forgetscale.ops.documents import packed_labels
 from forgetscale.ops.losses import LossFunction
 from forgetscale.progress import Progress
+from forgetscale.projections.basis import FisherBasis, MeasuredBasis
 from forgetscale.zero3 import World, ZeroEngine, ZeroShards
 
 COUNTED_ROWS = 4096
@@ -40,6 +43,11 @@ class SourceCalibration:
         progress: Makes the progress display from the number of passes.
         trial: Trains the source model for some steps at a rate; returns the engine, whose masters
             are the changes. Collective.
+        peak_lr: ``optim.lr``.
+        read_source: Reads elements of source weights, see ``forgetscale.api.Calibration``.
+        open_set: Opens a token set of the model's tokenizer.
+        build_training: Builds the engine with an optimizer. Collective.
+        keep_basis: See ``forgetscale.api.Calibration.settle_basis``. Collective.
     """
 
     structure: nn.Module
@@ -52,6 +60,11 @@ class SourceCalibration:
     model_hash: str
     progress: Callable[[int], Progress]
     trial: Callable[[int, float], ZeroEngine]
+    peak_lr: float
+    read_source: Callable[[str, int, int], Tensor]
+    open_set: Callable[[CalibrationConfig], TokenSet]
+    build_training: Callable[[], ZeroEngine]
+    keep_basis: Callable[[Path | None, Mapping[str, Any], Callable[[], MeasuredBasis]], FisherBasis]
     _engine: ZeroEngine | None = field(default=None, init=False)
     _used_target: bool = field(default=False, init=False)
 
@@ -133,6 +146,78 @@ class SourceCalibration:
         assert isinstance(module, CausalLMWithLoss)
         with module.input_gradients():
             engine.backward_activations(batch.input_ids, labels=labels, loss=loss)
+
+    def _labelled_data(
+        self, source: CalibrationConfig | None
+    ) -> tuple[CalibrationConfig, TokenSet]:
+        config, token_set = source or self.config, self.token_set
+        if config is None:
+            raise ConfigError(
+                "Fisher information needs source data; set method.calibration.path to a token set,"
+                " or method.basis to a finished basis."
+            )
+        if config is not self.config or token_set is None:
+            token_set = self.open_set(config)
+        return config, token_set
+
+    def _labelled_rows(self, source: CalibrationConfig | None, sampled: bool) -> LabelledRows:
+        config, token_set = self._labelled_data(source)
+        return LabelledRows(token_set, config, self.world, seed=self.seed, sampled=sampled)
+
+    @property
+    def num_ranks(self) -> int:
+        """Return the number of processes."""
+        return self.world.size
+
+    def num_rows(self, source: CalibrationConfig | None) -> int:
+        """Return how many rows of a source are used."""
+        config, token_set = self._labelled_data(source)
+        return len(calibration_rows(token_set.num_rows, config.num_blocks))
+
+    def labelled(
+        self, source: CalibrationConfig | None, *, sampled: bool
+    ) -> Iterator[LabelledBatch]:
+        """Yield batches with labels; see ``forgetscale.api.Calibration``."""
+        rows = self._labelled_rows(source, sampled)
+        with self.progress(len(rows)) as progress:
+            done = 0
+            for item in rows.passes():
+                yield item
+                done = min(done + item.batch.weight.shape[0] * self.world.size, len(rows))
+                progress.update(done)
+
+    def sample_gradients(
+        self, source: CalibrationConfig | None, *, per_sample: int, sampled: bool
+    ) -> Iterator[ShardSet]:
+        """Yield gradients of samples; see ``forgetscale.api.Calibration``."""
+        rows = self._labelled_rows(source, sampled)
+        if self._engine is None or not self._engine.shards.trained:
+            self.close()
+            self._engine = self.build_training()
+            self._engine.set_training(False)
+        engine = self._engine
+        module = engine.module
+        assert isinstance(module, CausalLMWithLoss)
+        total = -(-len(rows) // per_sample)
+        with self.progress(total) as progress:
+            for number, sample in enumerate(rows.samples(per_sample), 1):
+                with module.input_gradients():
+                    for item, last in sample:
+                        loss = engine(item.batch.input_ids, item.labels, item.loss)
+                        # The mean over ranks that ZeRO-3 takes is undone: a sum is wanted.
+                        engine.backward(loss * self.world.size, last=last)
+                yield engine.shards
+                engine.shards.clear_gradients()
+                progress.update(number)
+
+    def settle_basis(
+        self,
+        given: Path | None,
+        settings: Mapping[str, Any],
+        measure: Callable[[], MeasuredBasis],
+    ) -> FisherBasis:
+        """Return the run's Fisher basis; see ``forgetscale.api.Calibration``."""
+        return self.keep_basis(given, settings, measure)
 
     def shards(self) -> ZeroShards:
         """Return this rank's slices of the source weights."""

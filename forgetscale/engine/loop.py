@@ -147,17 +147,17 @@ def train_step(job: Training, batch: StreamBatch, step: int) -> StepResult:
     loss_sum = accumulate(engine, job.method.loss, batches, num_targets, record, job.extras)
     shards = engine.shards
     divide_by_weights(engine, job.method.loss, record, num_targets)
-    if overrides(job.method, EDITS_GRADIENTS):
-        job.method.transform_gradients(shards, step)
-        shards.write_gradients()
-    sums, stop = _agree_finite(job, loss_sum, record, step)
-    lr = learning_rate(
+    lr = shards.lr = learning_rate(
         step,
         num_steps=job.num_steps,
         peak=optim.lr,
         schedule=optim.schedule,
         warmup_fraction=optim.warmup_fraction,
     )
+    if overrides(job.method, EDITS_GRADIENTS):
+        job.method.transform_gradients(shards, step)
+        shards.write_gradients()
+    sums, stop = _agree_finite(job, loss_sum, record, step)
     shards.freeze(decay=lr * optim.weight_decay)
     grad_norm = engine.step(lr)
     mean_loss, method_metrics = summarize_loss(job.method.loss, sums, num_targets)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from forgetscale.api import Method
 from forgetscale.artifact import (
     read_manifest,
     wait_until_visible,
 )
-from forgetscale.config import FisherConfig, Recipe, recipe_dict
+from forgetscale.config import CalibrationConfig, FisherConfig, Recipe, recipe_dict
 from forgetscale.data import (
     TokenSet,
     open_data,
     require_same_tokenizer,
 )
+from forgetscale.engine.bases import settle_basis
 from forgetscale.engine.calibration import SourceCalibration
 from forgetscale.engine.metrics import RunLog
 from forgetscale.engine.start import SourceModel, start_engine
@@ -23,7 +28,7 @@ from forgetscale.engine.trial import train_and_subtract
 from forgetscale.errors import ConfigError
 from forgetscale.masks import FreezePlan, load_plan, save_plan
 from forgetscale.progress import Progress
-from forgetscale.zero3 import World, ZeroEngine
+from forgetscale.zero3 import DTYPES, World, ZeroEngine
 
 PLAN_FOLDER = "plan"
 PLAN_FIELDS = (
@@ -43,6 +48,12 @@ PLAN_FIELDS = (
 """Fields of ``method`` that a plan was made with and that a run must repeat."""
 
 
+def _open_set(recipe: Recipe, config: CalibrationConfig) -> TokenSet:
+    token_set = TokenSet(config.path)
+    require_same_tokenizer(token_set, recipe.model.path)
+    return token_set
+
+
 def calibration_for(
     recipe: Recipe, world: World, source: SourceModel, log: RunLog
 ) -> SourceCalibration:
@@ -50,8 +61,7 @@ def calibration_for(
     config = getattr(recipe.method, "calibration", None)
     token_set = None
     if config is not None:
-        token_set = TokenSet(config.path)
-        require_same_tokenizer(token_set, recipe.model.path)
+        token_set = _open_set(recipe, config)
     target = open_data(recipe.data)
 
     def progress(total: int) -> Progress:
@@ -75,7 +85,18 @@ def calibration_for(
         model_hash=source.content_hash,
         progress=progress,
         trial=trial,
+        peak_lr=recipe.optim.lr,
+        read_source=partial(_read_source, source, DTYPES[recipe.model.dtype]),
+        open_set=partial(_open_set, recipe),
+        build_training=lambda: start_engine(recipe, world, source, plan=None, training=True),
+        keep_basis=partial(settle_basis, recipe, world, source.content_hash),
     )
+
+
+def _read_source(
+    source: SourceModel, dtype: torch.dtype, name: str, start: int, length: int
+) -> Tensor:
+    return source.folder.read_flat(name, start, length, dtype)
 
 
 def make_plan(

@@ -14,14 +14,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from forgetscale.api import Batch, Method, ShardSet
-from forgetscale.config import Recipe
+from forgetscale.api import Batch, LabelledBatch, Method, ShardSet
+from forgetscale.config import CalibrationConfig, Recipe
 from forgetscale.data import TrainingData
 from forgetscale.engine.calibration import COUNTED_ROWS
 from forgetscale.engine.plans import PLAN_FOLDER
 from forgetscale.errors import DataError
 from forgetscale.masks import FreezePlan, load_plan
 from forgetscale.ops.losses import LossFunction
+from forgetscale.projections.basis import FisherBasis, MeasuredBasis
 
 
 class _NeedsWeights(Exception):
@@ -41,6 +42,8 @@ class ShapesOnly:
     structure: nn.Module
     seed: int
     target: TrainingData
+    peak_lr: float = 0.0
+    num_ranks: int = 1
 
     def _refuse(self) -> NoReturn:
         raise _NeedsWeights
@@ -68,6 +71,35 @@ class ShapesOnly:
 
     def shards(self) -> ShardSet:
         """Refuse: no weights."""
+        self._refuse()
+
+    def read_source(self, name: str, start: int, length: int) -> Tensor:
+        """Refuse: no weights."""
+        self._refuse()
+
+    def num_rows(self, source: CalibrationConfig | None) -> int:
+        """Refuse: there is no source data."""
+        self._refuse()
+
+    def labelled(
+        self, source: CalibrationConfig | None, *, sampled: bool
+    ) -> Iterator[LabelledBatch]:
+        """Refuse: there is no source data."""
+        self._refuse()
+
+    def sample_gradients(
+        self, source: CalibrationConfig | None, *, per_sample: int, sampled: bool
+    ) -> Iterator[ShardSet]:
+        """Refuse: no live model."""
+        self._refuse()
+
+    def settle_basis(
+        self,
+        given: Path | None,
+        settings: Mapping[str, Any],
+        measure: Callable[[], MeasuredBasis],
+    ) -> FisherBasis:
+        """Refuse: a basis is weights."""
         self._refuse()
 
     def target_changes(self, num_steps: int, lr: float) -> ShardSet:

@@ -8,6 +8,7 @@ from typing import Any
 from forgetscale.api import Method, Unprotected
 from forgetscale.config import loss_options
 from forgetscale.methods.adalora import Adalora
+from forgetscale.methods.anchors import Alignguard, Ewc, L2Sp, Osf
 from forgetscale.methods.gmt import Gmt, GmtOfficial
 from forgetscale.methods.hft import Hft
 from forgetscale.methods.lota import Lota
@@ -25,6 +26,11 @@ _PROTECTIONS: Mapping[str, Callable[[Any], Unprotected]] = {
     "lota": Lota,
     "s2ft": S2ft,
     "adalora": Adalora,
+    "l2_sp": L2Sp,
+    "ewc": Ewc,
+    "online_ewc": Ewc,
+    "alignguard": Alignguard,
+    "osf": Osf,
 }
 
 

@@ -173,22 +173,61 @@ def contrast_weights(
     span, values = span[:, kept], values[kept]
     inside = cross @ span
     other = inside.t() @ inside / cross.shape[0]
-    mean = other.diagonal().mean().clamp_min(values.mean() * RELATIVE_ZERO)
-    other = other + damping * mean * torch.eye(len(values), dtype=torch.float64, device=gram.device)
-    root = torch.linalg.cholesky(other)
+    directions, found, ratios = _contrast(torch.diag(values), other, m, damping)
+    missing = m - directions.shape[1]
+    pad = torch.nn.functional.pad
+    weights = pad(span @ directions, (0, missing))
+    return weights, pad(found, (0, missing)), pad(ratios, (0, missing))
+
+
+def _contrast(
+    align: Tensor, other: Tensor, m: int, damping: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return orthonormal directions of the largest ratios, values of ``align``, ratios."""
+    tiny = float(align.diagonal().mean()) * RELATIVE_ZERO
+    mean = other.diagonal().mean().clamp_min(tiny)
+    eye = torch.eye(len(align), dtype=align.dtype, device=align.device)
+    root = torch.linalg.cholesky(other + damping * mean * eye)
     # Whitened by the other set: ordinary eigenvectors there are the generalised ones here.
-    whitened = torch.linalg.solve_triangular(root, torch.diag(values), upper=False)
+    whitened = torch.linalg.solve_triangular(root, align, upper=False)
     whitened = torch.linalg.solve_triangular(root, whitened.t(), upper=False)
     ratios, vectors = torch.linalg.eigh((whitened + whitened.t()) / 2)
     ratios, vectors = ratios.flip(0)[:m], vectors.flip(1)[:, :m]
     directions = torch.linalg.solve_triangular(root.t(), vectors, upper=True)
     orthonormal, _ = torch.linalg.qr(directions)
-    inner = orthonormal.t() @ (values[:, None] * orthonormal)
+    inner = orthonormal.t() @ align @ orthonormal
     found, turn = torch.linalg.eigh((inner + inner.t()) / 2)
-    weights = span @ orthonormal @ turn.flip(1)
-    missing = m - weights.shape[1]
-    pad = torch.nn.functional.pad
-    return pad(weights, (0, missing)), pad(found.flip(0), (0, missing)), pad(ratios, (0, missing))
+    return orthonormal @ turn.flip(1), found.flip(0).clamp_min(0), ratios
+
+
+def contrast_side_basis(
+    second_moment: Float[Tensor, "d d"],
+    other: Float[Tensor, "d d"],
+    m: int,
+    *,
+    damping: float = 0.01,
+) -> tuple[Float[Tensor, "d m"], Float[Tensor, " m"], Float[Tensor, " m"]]:
+    """Return directions of one Kronecker factor that other data do not need.
+
+    Args:
+        second_moment: Factor on the data that matter.
+        other: The same factor on general data.
+        m: Directions, in 1..d.
+        damping: As in ``contrast_weights``.
+
+    Returns:
+        Orthonormal directions, the values of ``second_moment`` in them, the ratios.
+
+    Raises:
+        ValueError: ``m`` is outside 1..d, or ``damping`` is not positive.
+    """
+    if damping <= 0:
+        raise ValueError(f"damping must be > 0, got {damping}")
+    if not 1 <= m <= second_moment.shape[0]:
+        raise ValueError(
+            f"m must lie in 1..{second_moment.shape[0]}, the width of this side, got {m}"
+        )
+    return _contrast(second_moment, other, m, damping)
 
 
 def side_basis(

@@ -10,6 +10,7 @@ Shape letters: N positions, V vocabulary, K ids per position.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -180,6 +181,19 @@ def _pure(kind: str) -> Callable[..., Tensor]:
 
 LOSSES: Mapping[str, Callable[..., Tensor]] = {kind: _pure(kind) for kind in FORMS}
 """Kind -> ``(logits [N, V], labels [N], extra=None, **options) -> []``, a sum in nats."""
+
+
+def uniform_numbers(seed: int, block: int, length: int) -> Float64[Tensor, " length"]:
+    """Return one number in [0, 1) per position of a block; a function of the arguments alone.
+
+    Args:
+        seed: Seed of the run.
+        block: Position of the row in the calibration order.
+        length: Positions.
+    """
+    digest = hashlib.sha256(f"ssu-fisher/{seed}/{block}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+    return torch.rand(length, generator=generator, dtype=torch.float64)
 
 
 def sample_labels(

@@ -129,6 +129,10 @@ class ZeroShards:
         adapters: Mapping[str, AdapterPair] | None = None,
     ) -> None:
         self.adapters: Mapping[str, AdapterPair] = adapters or {}
+        self.lr = 0.0
+        self._stepped = False
+        self.rank = dist.get_rank()
+        self.size = size
         self._engine = engine
         self._slices = slices
         self._size = size
@@ -170,6 +174,11 @@ class ZeroShards:
     def offloaded(self) -> bool:
         """True if optimizer states and gradients live in host memory."""
         return self._optimizer is not None and bool(self._optimizer.offload_optimizer)
+
+    @property
+    def trained(self) -> bool:
+        """True if there is an optimizer, and so gradients."""
+        return self._optimizer is not None
 
     @property
     def slices(self) -> list[Slice]:
@@ -258,10 +267,13 @@ class ZeroShards:
     # ---- ShardSet -----------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[ParamShard]:
-        """Yield slices with fp32 gradients; a bf16 gradient is a copy until ``write_gradients``."""
+        """Yield slices with fp32 gradients; a bf16 gradient is a copy until ``write_gradients``.
+
+        After the step gradients are zero, and no copies are made of them.
+        """
         for item in self._slices:
             grad = self.gradient(item)
-            if grad is not None and grad.dtype != torch.float32:
+            if grad is not None and grad.dtype != torch.float32 and not self._stepped:
                 grad = self._edited_grads.setdefault(item.name, grad.float())
             yield ParamShard(item.name, item.shape, item.start, grad, self.master(item))
 
@@ -293,6 +305,7 @@ class ZeroShards:
         """
         # Copies that a walk over the slices made before belong to an older gradient.
         self._edited_grads.clear()
+        self._stepped = False
         for item in self._slices if self.offloaded else []:
             grad = self.gradient(item)
             if grad is not None and not bool(grad.any()):
@@ -360,6 +373,7 @@ class ZeroShards:
     def clear_gradients(self) -> None:
         """Zero the buffers after the step, so that no gradient serves twice."""
         self._optimizer.grad_partitions_flat_buffer.zero_()
+        self._stepped = True
         if self.offloaded:
             for flat in self._optimizer.fp32_partitioned_groups_flat:
                 flat.grad.zero_()

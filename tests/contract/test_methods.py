@@ -26,6 +26,11 @@ SETTINGS = {
         "shrink_until_step": 4,
         "orthogonality": 0.01,
     },
+    "l2_sp": {"kind": "l2_sp", "strength": 0.5, "action": "prox"},
+    "ewc": {"kind": "ewc", "strength": 0.2},
+    "online_ewc": {"kind": "online_ewc", "strength": 5.0, "action": "prox"},
+    "alignguard": {"kind": "alignguard", "reading": "left", "fisher": {"max_rank": 3}},
+    "osf": {"kind": "osf", "rank": 4},
 }
 CHANGES: dict[str, dict] = {
     # Six steps from factors of deviation 0.02, with 0 between them, would hardly show.
@@ -43,6 +48,12 @@ NEUTRAL = {
     # Whatever the fraction, only feed-forward channels and heads are trained.
     "s2ft": None,
     "adalora": {**SETTINGS["adalora"], "target_rank": 4, "orthogonality": 0.0},
+    "l2_sp": {"kind": "l2_sp", "strength": 0.0},
+    "ewc": {"kind": "ewc", "strength": 0.0},
+    "online_ewc": {"kind": "online_ewc", "strength": 0.0},
+    "alignguard": {**SETTINGS["alignguard"], "action": "penalty", "strength": 0.0},
+    # At least one direction of every matrix stays.
+    "osf": None,
 }
 DRAWS = {"hft", "s2ft"}
 """Methods whose plan is drawn by ``run.seed``; other plans are measured."""
@@ -130,7 +141,7 @@ def test_frozen_bits_with_decay(runs: Runs, method: str, size: int):
 def test_neutral_setting_is_sft(runs: Runs, method: str):
     settings = NEUTRAL[method]
     if settings is None:
-        assert method == "s2ft"
+        assert method in ("s2ft", "osf")
         return
     norm = 1e6 if method == "gmt_official" else 0.5
     neutral, sft = (
@@ -152,7 +163,8 @@ def test_another_seed_gives_another_protection_only_where_it_draws(
     if method == "sft":
         return
     recipes = {
-        str(seed): recipe_of(runs, f"seed-{seed}", method, **{"run.seed": seed}) for seed in (3, 4)
+        str(seed): recipe_of(runs, f"seed-{method}-{seed}", method, **{"run.seed": seed})
+        for seed in (3, 4)
     }
     (outcome,) = ranks.run_all([Job("plans:make", {"recipes": recipes})])
     same = outcome.value["3"]["hash"] == outcome.value["4"]["hash"]

@@ -32,6 +32,7 @@ from forgetscale.data import (
 
 VOCAB_SIZE = 67
 BLOCK_SIZE = 24
+FISHER_METHODS = ("ewc", "online_ewc", "alignguard")
 SIZES = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 35,
@@ -153,7 +154,8 @@ def make_sft_set(directory: Path, model: Path, *, rows: int = 30, seed: int = 8)
 def base_recipe(folder: Path, name: str, **method: object) -> dict:
     """Return a recipe for the tiny world below ``folder`` (model/, data/, calibration/)."""
     method = method or {"kind": "sft"}
-    if method["kind"] == "ssu" and method.get("score", "paper") in DATA_SCORES:
+    scored = method["kind"] == "ssu" and method.get("score", "paper") in DATA_SCORES
+    if scored or (method["kind"] in FISHER_METHODS and "basis" not in method):
         method.setdefault(
             "calibration",
             {"path": str(folder / "calibration"), "num_blocks": 7, "micro_batch_size": 2},

@@ -12,7 +12,6 @@ Shape letters: B sequences, T positions, O out features, I in features.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -25,12 +24,12 @@ from forgetscale.errors import DataError
 from forgetscale.methods.ssu.statistics import flatten, run_pass, unflatten
 from forgetscale.methods.ssu.targets import Target
 from forgetscale.ops import IGNORE_INDEX
-from forgetscale.ops.losses import cross_entropy, sampled_cross_entropy
+from forgetscale.ops.losses import cross_entropy, sampled_cross_entropy, uniform_numbers
 
 Observe = Callable[[Tensor, Tensor], None]
 
 
-class _Tap(torch.autograd.Function):
+class Tap(torch.autograd.Function):
     """Identity on a module's output that shows the output's gradient together with the input.
 
     The input is saved as any operation saves one: layers that recompute drop it and bring it back.
@@ -38,12 +37,14 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, observe: Observe) -> Tensor:
+        """Keep the input for backward."""
         ctx.save_for_backward(x)
         ctx.observe = observe
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Show input and gradient; pass the gradient on."""
         (x,) = ctx.saved_tensors
         ctx.observe(x.detach(), grads[0])
         return grads[0], None, None
@@ -92,7 +93,7 @@ class GradientSquares:
                     " score mag_l1 or rand)."
                 )
             observe = partial(self._observe, name, module)
-            return _Tap.apply(output, x, observe)  # type: ignore[no-untyped-call]
+            return Tap.apply(output, x, observe)  # type: ignore[no-untyped-call]
 
         return tap
 
@@ -127,13 +128,6 @@ def _vector_gradients(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, T
         # Not a call: the hooks of the original, ZeRO-3's among them, are not for the copy.
         output = own.forward(x)
     return dict(zip(used, torch.autograd.grad(output, list(used.values()), grad), strict=True))
-
-
-def uniform_numbers(seed: int, block: int, length: int) -> Tensor:
-    """Return one number in [0, 1) per position of a block, fp64; a function of the arguments."""
-    digest = hashlib.sha256(f"ssu-fisher/{seed}/{block}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-    return torch.rand(length, generator=generator, dtype=torch.float64)
 
 
 def backward_batch(calibration: Calibration, sampled: bool, batch: Batch) -> None:
