@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "measure a model folder on tasks",
     "export": "checkpoint -> Hugging Face folder",
     "preflight": "look at every node before a job over several (launch/slurm.sh does)",
+    "prompts": "your own safe and unsafe prompts -> refusal tasks",
     "report": "one or more runs -> report.html and report.json",
 }
 

@@ -152,6 +152,18 @@ def write_results(
     return Path(output_dir)
 
 
+def read_samples(directory: Path) -> list[SampleRecord]:
+    """Read and verify the records of a result artefact.
+
+    Raises:
+        DataError: The folder is no valid result artefact or holds something else.
+    """
+    directory = Path(directory)
+    verify_artifact(directory, RESULT_KIND, only=[SAMPLES_NAME])
+    rows = pq.read_table(directory / SAMPLES_NAME, schema=_SAMPLE_SCHEMA).to_pylist()
+    return [SampleRecord(**row) for row in rows]
+
+
 def read_results(directory: Path) -> list[Result]:
     """Read and verify a result artefact.
 

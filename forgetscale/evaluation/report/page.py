@@ -10,6 +10,7 @@ from forgetscale.evaluation.report.bars import abilities_plot, matched_plot
 from forgetscale.evaluation.report.curves import retention_key, retention_plot, steps_plot
 from forgetscale.evaluation.report.drawing import method_styles
 from forgetscale.evaluation.report.runs import RECALL
+from forgetscale.evaluation.report.safety import safety_tables
 from forgetscale.evaluation.report.style import STYLE
 from forgetscale.evaluation.report.words import (
     ability_label,
@@ -36,6 +37,7 @@ def render(data: Mapping[str, Any]) -> str:
         _plots(data),
         _matched_table(data),
         _abilities_table(data),
+        *_safety(data),
         _runs_table(data),
         _how_measured(data),
         _provenance(data),
@@ -336,6 +338,13 @@ def _mean_changes(data: Mapping[str, Any]) -> dict[tuple[str, str], float]:
                 continue
             found.setdefault((run["method"], name), []).append(change)
     return {key: sum(values) / len(values) for key, values in found.items()}
+
+
+def _safety(data: Mapping[str, Any]) -> list[str]:
+    return [
+        f"<section><h2>{title}</h2><p>{words}</p>{_table(head, rows)}</section>"
+        for title, words, head, rows in safety_tables(data)
+    ]
 
 
 def _runs_table(data: Mapping[str, Any]) -> str:

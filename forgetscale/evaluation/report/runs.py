@@ -15,6 +15,7 @@ import yaml
 from forgetscale.artifact import read_manifest
 from forgetscale.errors import DataError
 from forgetscale.evaluation.degradation import ability_name
+from forgetscale.evaluation.drift import Answers, read_answers
 from forgetscale.evaluation.results import Result, read_results
 
 TARGET = "perplexity/target"
@@ -47,6 +48,9 @@ class Run:
         step_seconds: Median time of a step, first steps left out; None if unknown.
         versions: Package versions and commit that made the results.
         notes: What a reader must know about this run.
+        kind: The method's name before runs of one method and seed were told apart.
+        answers_before: Kind of refusal task -> judged answers of the source model.
+        answers_after: The same of the adapted model.
     """
 
     folder: str
@@ -60,6 +64,9 @@ class Run:
     step_seconds: float | None
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    kind: str = ""
+    answers_before: Mapping[str, Answers] = field(default_factory=dict)
+    answers_after: Mapping[str, Answers] = field(default_factory=dict)
 
 
 def read_runs(run_dirs: Sequence[Path]) -> list[Run]:
@@ -83,7 +90,7 @@ def read_runs(run_dirs: Sequence[Path]) -> list[Run]:
     return sorted(runs, key=lambda run: (method_rank(run.method), run.method, run.seed))
 
 
-_ORDER = ("sft", "hft", "ssu/rand", "ssu/mag_l1", "ssu/mag_l2", "ssu/official", "ssu/paper")
+_ORDER = ("sft", "lora", "hft", "ssu/rand", "ssu/mag_l1", "ssu/mag_l2", "ssu/official", "ssu/paper")
 
 
 def method_rank(method: str) -> int:
@@ -105,6 +112,13 @@ def method_label(method: Mapping[str, Any]) -> str:
     axis += "" if fraction == 0.5 else f"@{fraction:g}"
     shield = "+shield" if method.get("shield_rows") else ""
     return f"{kind}/{method['score']}{axis}{shield}" if method.get("score") else kind
+
+
+def recipe_label(recipe: Mapping[str, Any]) -> str:
+    """Return the method's label, or the adapter's kind where plain training goes through one."""
+    label = method_label(recipe.get("method") or {})
+    adapter = recipe.get("adapter")
+    return str(adapter["kind"]) if adapter and label == "sft" else label
 
 
 def read_run(path: Path) -> Run:
@@ -140,9 +154,10 @@ def read_run(path: Path) -> Run:
     seconds = [float(row["step_seconds"]) for row in rows if "step_seconds" in row]
     settled = seconds[_WARMUP_ROWS:] if len(seconds) > 2 * _WARMUP_ROWS else seconds
     made_by = after_made_by or before_made_by
+    label = recipe.get("run", {}).get("label") or recipe_label(recipe)
     return Run(
         folder=path.resolve().name,
-        method=recipe.get("run", {}).get("label") or method_label(recipe.get("method", {})),
+        method=label,
         seed=int(recipe.get("run", {}).get("seed", 0)),
         recipe=recipe,
         before=before,
@@ -152,7 +167,14 @@ def read_run(path: Path) -> Run:
         step_seconds=median(settled) if settled else None,
         versions={**made_by.get("versions", {}), "commit": str(made_by.get("commit"))},
         notes=tuple(notes),
+        kind=label,
+        answers_before=_read_answers(path / "results" / "source"),
+        answers_after=_read_answers(path / "results" / "final"),
     )
+
+
+def _read_answers(path: Path) -> dict[str, Answers]:
+    return read_answers(path) if path.is_dir() else {}
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from forgetscale.evaluation.report.matched import (
     value_at,
 )
 from forgetscale.evaluation.report.runs import TARGET, Run
+from forgetscale.evaluation.report.safety import drift_data, forgetting_data
 from forgetscale.evaluation.report.seeds import SeedMean, paired_difference, seed_mean
 
 _MIDDLE = 1
@@ -118,6 +119,8 @@ def report_data(
             name: {method: _means(values, method, len(matched.levels)) for method in methods}
             for name, values in matched.others.items()
         },
+        "drift": drift_data(runs),
+        "forgetting_law": forgetting_data(runs),
         "provenance": dict(provenance),
     }
     return data, matched, claim
