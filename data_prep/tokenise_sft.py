@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +17,12 @@ from data_prep.supervision import Span, SpanFinder
 from data_prep.tokenise import DocumentOptions, DocumentReader, Found, document_arrays
 from data_prep.units import Unit, UnitResult
 from forgetscale.data.duplicates import text_hash
+from forgetscale.data.template_day import asks_for_day, fix_day
 from forgetscale.errors import ConfigError
 
 TOO_LONG = "longer than a row"
 """How the reason of a conversation begins that ``--long error`` does not accept."""
 TOO_LONG_DROPPED = "longer_than_a_row"
-_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +66,6 @@ class Encoded:
     num_merged: int
 
 
-def fix_day(template: str, day: date) -> str:
-    """Return a chat template that takes ``day`` for today where it calls ``strftime_now``."""
-    return _TODAY.sub(lambda call: json.dumps(day.strftime(call[2])), template)
-
-
 class ChatEncoder:
     """Conversations to supervised tokens, by the tokenizer's own chat template.
 
@@ -105,7 +98,7 @@ class ChatEncoder:
             )
         if isinstance(self.tokenizer.chat_template, str):
             template = fix_day(self.tokenizer.chat_template, date.fromisoformat(day))
-            if "strftime_now(" in template:
+            if asks_for_day(template):
                 raise ConfigError(
                     f"the chat template in {spec.path} asks for today's date in a form that is not"
                     " given beforehand; write the date format into the call of strftime_now."

@@ -23,6 +23,7 @@ COMMANDS = {
     "calibrate": "source data -> importance scores -> freeze plan",
     "analyze": "look at model and data: keep predictions, see what fights the model",
     "train": "run a recipe; starts again where it stopped",
+    "generate": "a model's dialogues with itself, or answers; any number of workers",
     "evaluate": "measure a model folder on tasks",
     "export": "checkpoint -> Hugging Face folder",
     "preflight": "look at every node before a job over several (launch/slurm.sh does)",

@@ -52,6 +52,10 @@ class SamplePlan:
         except FileNotFoundError:
             return self.first_shards
 
+    def total_ids(self, store: RunStore) -> int:
+        """Return how many ids the run has for now."""
+        return self.shard_ids(self.num_shards(store) - 1).stop
+
     def shard_ids(self, shard: int) -> range:
         """Return the ids of a shard."""
         first = shard * self.shard_size

@@ -170,8 +170,15 @@ class Worker:
                     return unsealed or bool(self._held)
                 continue
             sample_id = self._held[shard].waiting.popleft()
-            self._engine.submit(self._source.start(sample_id, 0))
+            self._submit(sample_id, 0)
         return True
+
+    def _submit(self, sample_id: int, attempt: int) -> None:
+        dialogue = self._source.start(sample_id, attempt)
+        if dialogue.is_over:
+            self._finish(dialogue)
+        else:
+            self._engine.submit(dialogue)
 
     def _take_shard(self) -> tuple[int | None, bool]:
         """Own another shard if one is free; say whether any is unsealed."""
@@ -214,7 +221,7 @@ class Worker:
         if held is None:  # the shard was taken over
             return
         if sample.state == FAILED and sample.attempt + 1 < self._settings.max_attempts:
-            self._engine.submit(self._source.start(sample.sample_id, sample.attempt + 1))
+            self._submit(sample.sample_id, sample.attempt + 1)
             return
         if not held.lease.is_current():
             self._drop(shard)
@@ -254,7 +261,7 @@ class Worker:
         for shard in sealed:
             counts += self._store.counts(shard)
         finished = sum(counts[state] for state in STATES)
-        total = self._plan.num_shards(self._store) * self._plan.shard_size
+        total = self._plan.total_ids(self._store)
         self._report(finished, total, f"{counts[ACCEPTED]} accepted")
         if finished >= _EARLY_IDS:
             require_yield(counts, self._settings.min_accepted_fraction, self._store.directory)

@@ -44,8 +44,16 @@ class Dialogue(Protocol):
     attempt: int
     ids: list[int]
     """Tokens of the context so far, forced ones too; the engine feeds those it has not fed."""
-    num_top: int
-    """Most probable tokens wanted with each token of this turn; 0: none."""
+
+    @property
+    def num_top(self) -> int:
+        """Most probable tokens wanted with each token of this turn; 0: none."""
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing to write; such a dialogue is not submitted."""
+        ...
 
     @property
     def sampling(self) -> TurnSampling:

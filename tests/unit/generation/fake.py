@@ -29,6 +29,7 @@ class FakeDialogue:
     """Ends after a hashed number of tokens; some are rejected, some fail at first."""
 
     num_top = 0
+    is_over = False
 
     def __init__(self, sample_id: int, attempt: int) -> None:
         self.sample_id, self.attempt = sample_id, attempt
