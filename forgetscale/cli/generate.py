@@ -15,10 +15,10 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from forgetscale.config import load_generate_recipe
-from forgetscale.engine import StopRequest
 from forgetscale.errors import ConfigError
 from forgetscale.generation.run import run_worker
 from forgetscale.generation.status import read_status
+from forgetscale.stop import StopRequest
 
 EXAMPLES = """examples:
   forgetscale generate --config self.yaml                 one worker; start more of them at will
@@ -63,6 +63,7 @@ def run(options: argparse.Namespace) -> None:
     recipe = load_generate_recipe(options.config, options.set)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     stop = StopRequest()
+    stop.listen()
     try:
         payload = run_worker(
             recipe,

@@ -1,5 +1,6 @@
 """The only package that imports DeepSpeed: start-up, engine, slices of partitioned parameters."""
 
+from forgetscale.stop import StopRequest
 from forgetscale.zero3.engine import (
     DTYPES,
     Matrix,
@@ -9,7 +10,6 @@ from forgetscale.zero3.engine import (
     construct_partitioned,
 )
 from forgetscale.zero3.shards import STATES, Slice, ZeroShards
-from forgetscale.zero3.stop import StopRequest
 from forgetscale.zero3.world import (
     World,
     launcher_rank,

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from forgetscale.errors import ForgetScaleError, ShardError, StoppedEarly
-from forgetscale.zero3.stop import StopRequest
+from forgetscale.stop import StopRequest
 
 T = TypeVar("T")
 TIMEOUT_MINUTES = 10
