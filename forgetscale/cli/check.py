@@ -14,10 +14,13 @@ import torch
 from forgetscale.api import Method
 from forgetscale.cli.data_check import check_data
 from forgetscale.cli.inputs import check_inputs
+from forgetscale.cli.preemption import rehearse
 from forgetscale.cli.recipe_options import add_recipe_options, read_recipe, running_world
+from forgetscale.cli.stages import forgetscale_command
 from forgetscale.config import Recipe, dump_recipe
 from forgetscale.engine.dry_run import Outlook, Trial, look_ahead, mock_steps
 from forgetscale.engine.protection import Protection
+from forgetscale.errors import ConfigError
 from forgetscale.methods import METHODS
 from forgetscale.zero3 import launcher_rank, launcher_world_size
 
@@ -26,6 +29,7 @@ EXAMPLES = """examples:
   deepspeed --num_gpus 8 --module forgetscale check --config run.yaml
   forgetscale check --config run.yaml --no-step --world-size 64     estimates for 64 ranks
   forgetscale check --config run.yaml --no-step --json              the same for scripts
+  forgetscale check --config run.yaml --preemption --ranks 8     stops a short run in every phase
   forgetscale check --config run.yaml --data     every byte, and 10,000 interrupted runs replayed
 """
 
@@ -50,6 +54,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check the training data instead: hashes of every byte, each row once per epoch, and"
         " interrupted runs replayed over 1 to 8 ranks and changes of batch size",
+    )
+    parser.add_argument(
+        "--preemption",
+        action="store_true",
+        help="train four steps in a scratch folder instead, stopped by SIGUSR1 once in every phase;"
+        " shows how long it took to be safe",
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=1, metavar="N", help="processes that --preemption starts here"
+    )
+    parser.add_argument(
+        "--notice",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="what --preemption must keep to (default: %(default)s)",
     )
     parser.add_argument(
         "--schedules",
@@ -131,6 +151,9 @@ def run(options: argparse.Namespace) -> None:
         if launcher_rank() == 0:
             check_data(recipe, options.schedules)
         return
+    if options.preemption:
+        _check_preemption(recipe, options)
+        return
     if not options.no_step:
         check_inputs(recipe)
     world_size = options.world_size or launcher_world_size()
@@ -151,6 +174,26 @@ def run(options: argparse.Namespace) -> None:
             f" peak {trial.memory_bytes / 1e9:.3f} GB; about {hours:.2f} h in all",
             flush=True,
         )
+
+
+def _check_preemption(recipe: Recipe, options: argparse.Namespace) -> None:
+    if launcher_world_size() > 1:
+        raise ConfigError(
+            "check --preemption starts its processes itself; start it alone, with --ranks N."
+        )
+    check_inputs(recipe)
+    folder = recipe.run.output_dir.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".forgetscale-preemption-", dir=folder) as scratch:
+        changes = [
+            *options.set,
+            f"run.output_dir={scratch}/run",
+            "train.num_target_tokens=null",
+            "train.num_steps=4",
+        ]
+        arguments = ["train", "--config", str(options.config)]
+        arguments += [word for change in changes for word in ("--set", change)]
+        rehearse(forgetscale_command(arguments, options.ranks), options.notice, print)
 
 
 def _device_here() -> str:
