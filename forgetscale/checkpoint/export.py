@@ -44,12 +44,14 @@ def plan_files(matrices: list[Matrix], max_bytes: int) -> list[list[Matrix]]:
     return files
 
 
-def copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy configuration and tokenizer; write the run's type into ``config.json``."""
+def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None) -> None:
+    """Copy configuration and tokenizer; write the type into ``config.json``, if one is given."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in _SKIPPED_NAMES:
             if path.suffix not in _SKIPPED_SUFFIXES:
                 shutil.copyfile(path, target / path.name)
+    if dtype is None:
+        return
     config = json.loads((target / "config.json").read_bytes())
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     config[key] = _DTYPE_NAMES[dtype]

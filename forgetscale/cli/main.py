@@ -29,6 +29,7 @@ COMMANDS = {
     "preflight": "look at every node before a job over several (launch/slurm.sh does)",
     "prompts": "your own safe and unsafe prompts -> refusal tasks",
     "report": "one or more runs -> report.html and report.json",
+    "restore": "put back what tuning should not have changed; merge tuned models",
 }
 
 EPILOG = """examples:
@@ -36,6 +37,7 @@ EPILOG = """examples:
   forgetscale check --config run.yaml
   deepspeed --num_gpus 8 --module forgetscale train --config run.yaml
   forgetscale report --runs runs/a runs/b --output runs/report
+  forgetscale restore --source base --tuned tuned --output out --score relative --fraction 0.2
 
 exit codes: 0 done; 2 recipe or input wrong; 75 stopped early, start again; 1 anything else
 """

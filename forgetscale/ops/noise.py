@@ -1,13 +1,14 @@
-"""Noise that belongs to a token: a function of seed, set, row and place, and of nothing else.
+"""Noise that belongs to a token or a weight: a function of seed and place, and of nothing else.
 
-So it does not matter which rank draws it, in which micro-batch, or after how many resumptions.
+So it does not matter which rank draws it, in which piece, or after how many resumptions.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+import xxhash
+from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -44,3 +45,24 @@ def position_noise(
     counters = np.arange(1, num_positions + 1, dtype=np.uint64) * _GOLDEN
     bits = _mix(_mix(state + _GOLDEN)[:, None] + counters) >> np.uint64(64 - _BITS)
     return torch.from_numpy(bits.astype(np.float32) * np.float32(2.0**-_BITS))
+
+
+def element_keys(seed: int, name: str, start: int, length: int) -> Int32[Tensor, " length"]:
+    """Return 31 random bits for each element of a slice of a named tensor.
+
+    The bits of an element do not depend on how the tensor is cut into slices.
+
+    Args:
+        seed: Any integer.
+        name: Name of the tensor.
+        start: Flat position of the first element, >= 0.
+        length: Elements, >= 0.
+
+    Source:
+        SplitMix64, one stream per tensor.
+    """
+    state: np.ndarray = np.full(1, seed % 2**64, np.uint64)
+    state = _mix(state + _GOLDEN) ^ np.uint64(xxhash.xxh3_64_intdigest(name.encode()))
+    counters = np.arange(start + 1, start + length + 1, dtype=np.uint64) * _GOLDEN
+    bits = _mix(_mix(state + _GOLDEN) + counters) >> np.uint64(33)
+    return torch.from_numpy(bits.astype(np.int32))

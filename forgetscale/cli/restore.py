@@ -1,0 +1,149 @@
+"""Edit a tuned model against its source: put back what tuning should not have changed.
+
+An element is ranked by a score, the first or last share of the ranking gets its source value back
+(bits copied), and the rest stays as tuned. The same machinery merges models. Works out of core on
+Hugging Face safetensors folders and on checkpoints of a run (runs/x/checkpoints/step-...), needs no
+recipe and no GPU, and gives the same bytes with any number of workers and ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from forgetscale.errors import ConfigError
+from forgetscale.knowledge.edits import (
+    METHODS,
+    RESCALES,
+    SCOPES,
+    SCORES,
+    EditOptions,
+    parse_fraction,
+)
+from forgetscale.knowledge.restore import Place, check_output, describe, restore
+from forgetscale.knowledge.setup import Request, open_setup
+from forgetscale.knowledge.work import start_process
+
+EXAMPLES = """examples:
+  forgetscale restore --source base --tuned runs/a/export --output out/a-20 --score relative --fraction 0.2
+  forgetscale restore --source base --tuned tuned --output out/sweep --score relative \\
+      --fraction 0.01 0.05 0.1 0.2 0.4 --controls      # one folder per fraction and control
+  forgetscale restore --source base --tuned tuned --output out/x --score absolute --scope tensor \\
+      --side bottom --fraction 0.8 --include mlp --dry-run
+  forgetscale restore --source base --tuned tuned --output out/wise --method wise-ft --lambda 0.3
+  forgetscale restore --source base --tuned t1 t2 --output out/ties --method ties --fraction 0.8
+  forgetscale restore --source base --tuned tuned --output out/dare --method dare --fraction 0.9 \\
+      --rescale inverse                                 # l1: as mergekit rescales
+  srun -N 4 -n 4 bash -c 'forgetscale restore ... --rank $SLURM_PROCID --world-size $SLURM_NTASKS'
+
+--fraction is always the share that goes back to the source: exact counts floor(F * N) by ranking,
+of equal scores the earlier by (tensor name, flat index); drawn with probability F by dare and della.
+Without --include and --exclude, restore edits decoder layers without norms (names with "layers" and
+without "norm"; all tensors where none has layers); other methods edit all float tensors. The rest
+is copied from the tuned model. A killed command goes on where it stopped.
+"""  # noqa: E501 (command lines to copy)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    add = parser.add_argument
+    add("--source", type=Path, required=True, metavar="DIR", help="model before tuning")
+    add("--tuned", type=Path, required=True, nargs="+", metavar="DIR",
+        help="tuned model folder or checkpoint; several to merge")  # fmt: skip
+    add("--output", type=Path, required=True, metavar="DIR", help="new model folder(s)")
+    add("--method", choices=METHODS, default="restore", help="kind of edit (default: %(default)s)")
+    add("--score", choices=(*SCORES, "hash"), default="relative",
+        help="relative |d|/(|source|+eps), absolute |d|, base |source|, random (or hash), fisher"
+        " F*d^2 (default: %(default)s)")  # fmt: skip
+    add("--scope", choices=SCOPES, default="global", help="ranked within (default: %(default)s)")
+    add("--side", choices=("top", "bottom"), default="top",
+        help="put back the highest or the lowest scores (default: %(default)s)")  # fmt: skip
+    add("--fraction", nargs="+", default=[], metavar="F", help="share(s) put back, 0 to 1")
+    add("--lambda", nargs="+", type=float, default=[1.0], dest="lambdas", metavar="L",
+        help="factor(s) on the kept change; alpha of wise-ft (default: 1)")  # fmt: skip
+    add("--weights", nargs="+", type=float, metavar="W", help="one per tuned model (default: 1)")
+    add("--rescale", choices=RESCALES, default="none",
+        help="inverse: 1/(1-F); l1, l2: keep the norm of a change (default: none)")  # fmt: skip
+    add("--controls", action="store_true",
+        help="also write random, opposite-side and norm-matched scaled versions")  # fmt: skip
+    add("--include", metavar="REGEX", help="edit only tensors whose name matches")
+    add("--exclude", metavar="REGEX", help="leave tensors out whose name matches")
+    add("--fisher", type=Path, metavar="FILE", help="safetensors with F by tensor name")
+    add("--eps", type=float, default=1e-8, metavar="E", help="of relative (default: %(default)s)")
+    add("--score-dtype", choices=("float32", "bfloat16"), default="float32",
+        help="bfloat16: compute scores as the official code does")  # fmt: skip
+    add("--gamma", default="0.01", metavar="G", help="top share breadcrumbs drops")
+    add("--spread", default="0.1", metavar="S", help="della: probabilities F-S to F+S")
+    add("--new-rows", choices=("error", "keep"), default="error",
+        help="keep: of a resized vocabulary, edit the rows both have")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N", help="of random scores and draws")
+    add("--workers", type=int, metavar="N", help="local processes (default: cores, at most 8)")
+    add("--rank", type=int, metavar="R", help="of independent ranks (default: RANK or 0)")
+    add("--world-size", type=int, metavar="N", help="ranks (default: WORLD_SIZE or 1)")
+    add("--dry-run", action="store_true", help="check inputs, print exact counts, write nothing")
+
+
+def read_request(options: argparse.Namespace) -> Request:
+    """Return the request the options stand for.
+
+    Raises:
+        ConfigError: A number cannot be read or is out of range.
+    """
+    edit = EditOptions(
+        method=options.method,
+        score="random" if options.score == "hash" else options.score,
+        scope=options.scope,
+        side=options.side,
+        fractions=tuple(parse_fraction(text) for text in options.fraction),
+        lambdas=tuple(options.lambdas),
+        weights=tuple(options.weights or [1.0] * len(options.tuned)),
+        rescale=options.rescale,
+        seed=options.seed,
+        eps=options.eps,
+        narrow=options.score_dtype == "bfloat16",
+        gamma=parse_fraction(options.gamma),
+        spread=parse_fraction(options.spread),
+        controls=options.controls,
+    )
+    return Request(
+        source=options.source,
+        tuned=tuple(options.tuned),
+        options=edit,
+        include=options.include,
+        exclude=options.exclude,
+        new_rows=options.new_rows,
+        fisher=options.fisher,
+    )
+
+
+def read_place(options: argparse.Namespace) -> Place:
+    """Return output, processes and ranks.
+
+    Raises:
+        ConfigError: The rank or the number of workers is impossible.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(cores or 1, 8) if options.workers is None else options.workers
+    rank = int(os.environ.get("RANK", "0")) if options.rank is None else options.rank
+    size = options.world_size
+    size = int(os.environ.get("WORLD_SIZE", "1")) if size is None else size
+    if workers < 1 or not 0 <= rank < size:
+        raise ConfigError(
+            f"--workers {workers} must be >= 1 and --rank {rank} below --world-size {size}."
+        )
+    return Place(options.output, workers, rank, size, visible=rank == 0)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    start_process()
+    request, place = read_request(options), read_place(options)
+    if options.dry_run:
+        check_output(request, place.output)
+        print(describe(open_setup(request)))
+        return
+    folders = restore(request, place, print)
+    if place.rank == 0:
+        for name, folder in folders.items():
+            print(f"{name}: {folder}")
