@@ -6,7 +6,7 @@ part by part and joined in order, so results do not depend on who computed them.
 
 from __future__ import annotations
 
-import functools
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,7 +204,15 @@ def _require_rows(entries: Sequence[Entry]) -> None:
             )
 
 
-@functools.lru_cache(maxsize=2)
+_OPENED = threading.local()
+
+
 def cached_setup(request: Request) -> Setup:
-    """Return ``open_setup(request)``, once per process."""
-    return open_setup(request)
+    """Return ``open_setup(request)``, once per process and thread: reads go into its buffers."""
+    found: tuple[Request, Setup] | None = getattr(_OPENED, "last", None)
+    if found is None or found[0] != request:
+        if found is not None:
+            for weights in (found[1].source, *found[1].tuned):
+                weights.close()
+        found = _OPENED.last = (request, open_setup(request))
+    return found[1]
