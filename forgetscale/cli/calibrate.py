@@ -72,7 +72,8 @@ def _needed_structures(recipe: Recipe) -> tuple[str, ...]:
     method: Any = recipe.method
     if not hasattr(method, "fisher") or not hasattr(method, "basis"):
         raise ConfigError(
-            f"method.kind {method.kind} uses no Fisher basis; choose ewc, online_ewc or alignguard."
+            f"method.kind {method.kind} uses no Fisher basis; choose ewc, online_ewc,"
+            " alignguard, ewc_lora or alignguard_lora."
         )
     if method.calibration is None:
         raise ConfigError(

@@ -1,5 +1,11 @@
 """Recipes: dataclasses, loading, overrides, checks. Imports no torch."""
 
+from forgetscale.config.adapted import (
+    AlignguardLoraMethodConfig,
+    CollisionConfig,
+    EwcLoraMethodConfig,
+    L2SpLoraMethodConfig,
+)
 from forgetscale.config.adapters import (
     ADAPTED_METHODS,
     AdapterConfig,
@@ -74,6 +80,10 @@ from forgetscale.config.recipe import (
 )
 
 __all__ = [
+    "AlignguardLoraMethodConfig",
+    "CollisionConfig",
+    "EwcLoraMethodConfig",
+    "L2SpLoraMethodConfig",
     "ADAPTED_METHODS",
     "AdaloraMethodConfig",
     "AdapterConfig",

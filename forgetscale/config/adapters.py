@@ -11,9 +11,14 @@ from pydantic import ConfigDict, Discriminator
 from forgetscale.config.ranges import STRICT, require
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
-ADAPTED_METHODS = ("sft", "adalora")
+ADAPTED_METHODS = ("sft", "adalora", "alignguard_lora", "ewc_lora", "l2_sp_lora")
 """Values of ``method.kind`` that can be trained through an adapter."""
-REQUIRED_ADAPTERS = {"adalora": ("svd",)}
+REQUIRED_ADAPTERS = {
+    "adalora": ("svd",),
+    "alignguard_lora": ("lora",),
+    "ewc_lora": ("lora",),
+    "l2_sp_lora": ("lora",),
+}
 """Methods that edit factors -> kinds of adapter they can do it with."""
 Targets = Literal["all-linear"] | tuple[str, ...]
 SVD_EPS = 1e-5

@@ -9,6 +9,11 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict, Discriminator
 
+from forgetscale.config.adapted import (
+    AlignguardLoraMethodConfig,
+    EwcLoraMethodConfig,
+    L2SpLoraMethodConfig,
+)
 from forgetscale.config.anchored import (
     AlignguardMethodConfig,
     EwcMethodConfig,
@@ -286,6 +291,9 @@ MethodConfig = Annotated[
     | L2SpMethodConfig
     | EwcMethodConfig
     | AlignguardMethodConfig
-    | OsfMethodConfig,
+    | OsfMethodConfig
+    | AlignguardLoraMethodConfig
+    | EwcLoraMethodConfig
+    | L2SpLoraMethodConfig,
     Discriminator("kind"),
 ]

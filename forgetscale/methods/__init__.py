@@ -8,6 +8,7 @@ from typing import Any
 from forgetscale.api import Method, Unprotected
 from forgetscale.config import loss_options
 from forgetscale.methods.adalora import Adalora
+from forgetscale.methods.alignguard_lora import AdapterAnchor
 from forgetscale.methods.anchors import Alignguard, Ewc, L2Sp, Osf
 from forgetscale.methods.gmt import Gmt, GmtOfficial
 from forgetscale.methods.hft import Hft
@@ -31,6 +32,9 @@ _PROTECTIONS: Mapping[str, Callable[[Any], Unprotected]] = {
     "online_ewc": Ewc,
     "alignguard": Alignguard,
     "osf": Osf,
+    "alignguard_lora": AdapterAnchor,
+    "ewc_lora": AdapterAnchor,
+    "l2_sp_lora": AdapterAnchor,
 }
 
 

@@ -164,11 +164,23 @@ class Anchored(Unprotected, ABC):
         Raises:
             ConfigError: It was not.
         """
-        mine = self.state_dict()
-        for key in sorted({*state, *mine}):
-            if state.get(key) != mine.get(key):
-                raise ConfigError(
-                    f"the checkpoint was made with another {key} of the protection"
-                    f" ({str(state.get(key))[:40]}) than this run's ({str(mine.get(key))[:40]});"
-                    " put it back or start a new run.output_dir."
-                )
+        require_same_state(state, self.state_dict())
+
+
+def require_same_state(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that was made under another protection.
+
+    Args:
+        state: What the checkpoint holds.
+        mine: What this run's protection is made of.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    for key in sorted({*state, *mine}):
+        if state.get(key) != mine.get(key):
+            raise ConfigError(
+                f"the checkpoint was made with another {key} of the protection"
+                f" ({str(state.get(key))[:40]}) than this run's ({str(mine.get(key))[:40]});"
+                " put it back or start a new run.output_dir."
+            )

@@ -194,10 +194,7 @@ class Alignguard(Anchored):
             return RightFrame(place, right, cut), basis.values("right", name)
         assert reading == "two_sided"
         left, right = (basis.side(kind, name).to(device) for kind in ("left", "right"))
-        # Each side holds its own eigenvalues times the trace of the other one.
-        values = torch.outer(basis.values("left", name), basis.values("right", name))
-        trace = basis.trace("right", name)
-        return TwoSidedFrame(place, left, right), values / trace if trace > 0 else values
+        return TwoSidedFrame(place, left, right), basis.grid(name)
 
 
 class Osf(Anchored):

@@ -196,6 +196,62 @@ def diagonal_pull(
     return _by_rows(lora_a, lora_b, scale, block)
 
 
+def vector_coefficients(
+    basis: Float[Tensor, "rows m"],
+    lora_a: Float[Tensor, "r I"],
+    lora_b: Float[Tensor, "O r"],
+    scale: float,
+) -> Float[Tensor, " m"]:
+    """Return ``U^T vec(dW)``, a few rows of ``dW`` at a time.
+
+    Args:
+        basis: ``U`` over the flattened matrix, or the part of it that belongs to some rows.
+        lora_a: ``A``.
+        lora_b: ``B``, or those rows of it (add the results of all rows).
+        scale: ``s``.
+
+    Raises:
+        ValueError: The basis is not one of that many weights.
+    """
+    width = lora_a.shape[1]
+    if basis.shape[0] != lora_b.shape[0] * width:
+        raise ValueError(
+            f"the basis is for {basis.shape[0]} weights, the adapter changes"
+            f" {lora_b.shape[0] * width}"
+        )
+    inner = basis.new_zeros(basis.shape[1])
+    for first in range(0, lora_b.shape[0], ROWS_AT_A_TIME):
+        delta = scale * (lora_b[first : first + ROWS_AT_A_TIME] @ lora_a)
+        inner = inner + basis[first * width :][: delta.numel()].t() @ delta.reshape(-1)
+    return inner
+
+
+def vector_gradients(
+    basis: Float[Tensor, "rows m"],
+    pulled: Float[Tensor, " m"],
+    lora_a: Float[Tensor, "r I"],
+    lora_b: Float[Tensor, "O r"],
+    scale: float,
+) -> tuple[Float[Tensor, "r I"], Float[Tensor, "O r"]]:
+    """Carry the gradient ``U pulled`` in ``vec(dW)`` over to the factors.
+
+    Args:
+        basis: As in ``vector_coefficients``.
+        pulled: One number a direction.
+        lora_a: ``A``.
+        lora_b: ``B``, or some rows of it (then the gradient of ``A`` is their part of it).
+        scale: ``s``.
+    """
+    width = lora_a.shape[1]
+
+    def block(delta: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        part = basis[rows.start * width : rows.stop * width]
+        return delta.new_zeros(()), (part @ pulled).view_as(delta)
+
+    found = _by_rows(lora_a, lora_b, scale, block)
+    return found.lora_a, found.lora_b
+
+
 def vector_pull(
     basis: Float[Tensor, "D m"],
     values: Float[Tensor, " m"],
@@ -215,21 +271,6 @@ def vector_pull(
     Raises:
         ValueError: The basis is not one of ``O * I`` weights.
     """
-    width = lora_a.shape[1]
-    if basis.shape[0] != lora_b.shape[0] * width:
-        raise ValueError(
-            f"the basis is for {basis.shape[0]} weights, the adapter changes"
-            f" {lora_b.shape[0] * width}"
-        )
-    inner = values.new_zeros(values.shape)
-    for first in range(0, lora_b.shape[0], ROWS_AT_A_TIME):
-        delta = scale * (lora_b[first : first + ROWS_AT_A_TIME] @ lora_a)
-        inner = inner + basis[first * width :][: delta.numel()].t() @ delta.reshape(-1)
-    pulled = 2 * values * inner
-
-    def block(delta: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        part = basis[rows.start * width : rows.stop * width]
-        return delta.new_zeros(()), (part @ pulled).view_as(delta)
-
-    found = _by_rows(lora_a, lora_b, scale, block)
-    return found._replace(value=(values * inner.square()).sum())
+    inner = vector_coefficients(basis, lora_a, lora_b, scale)
+    of_a, of_b = vector_gradients(basis, 2 * values * inner, lora_a, lora_b, scale)
+    return FactorPull((values * inner.square()).sum(), of_a, of_b)

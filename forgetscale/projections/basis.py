@@ -132,6 +132,15 @@ class FisherBasis:
         """Return the trace of the whole Fisher matrix as this kind measures it, normalised."""
         return float(self._tensor(f"trace/{kind}", name)) / self.scale(kind)
 
+    def grid(self, name: str) -> Tensor:
+        """Return the Kronecker eigenvalues of both sides together, ``[m, k]``, normalised as left.
+
+        Each side holds its own eigenvalues times the trace of the other one.
+        """
+        values = torch.outer(self.values("left", name), self.values("right", name))
+        trace = self.trace("right", name)
+        return values / trace if trace > 0 else values
+
     def side(self, kind: str, name: str) -> Tensor:
         """Return the directions of one side, ``[O or I, m]``."""
         return self._tensor(kind, name)

@@ -31,10 +31,17 @@ SETTINGS = {
     "online_ewc": {"kind": "online_ewc", "strength": 5.0, "action": "prox"},
     "alignguard": {"kind": "alignguard", "reading": "left", "fisher": {"max_rank": 3}},
     "osf": {"kind": "osf", "rank": 4},
+    "alignguard_lora": {"kind": "alignguard_lora", "fisher": {"max_rank": 3}},
+    "ewc_lora": {"kind": "ewc_lora", "strength": 0.2},
+    "l2_sp_lora": {"kind": "l2_sp_lora", "strength": 0.5},
 }
+LORA = {"adapter": {"kind": "lora", "rank": 4, "alpha": 16}}
 CHANGES: dict[str, dict] = {
     # Six steps from factors of deviation 0.02, with 0 between them, would hardly show.
     "adalora": {"adapter": {"kind": "svd", "rank": 4, "alpha": 300}, "train.num_steps": 14},
+    "alignguard_lora": LORA,
+    "ewc_lora": LORA,
+    "l2_sp_lora": LORA,
 }
 """What else the recipe of a method needs; methods with an adapter train its factors."""
 NEUTRAL = {
@@ -54,6 +61,9 @@ NEUTRAL = {
     "alignguard": {**SETTINGS["alignguard"], "action": "penalty", "strength": 0.0},
     # At least one direction of every matrix stays.
     "osf": None,
+    "alignguard_lora": {**SETTINGS["alignguard_lora"], "strength": 0.0, "task_strength": 0.0},
+    "ewc_lora": {"kind": "ewc_lora", "strength": 0.0},
+    "l2_sp_lora": {"kind": "l2_sp_lora", "strength": 0.0},
 }
 DRAWS = {"hft", "s2ft"}
 """Methods whose plan is drawn by ``run.seed``; other plans are measured."""

@@ -32,7 +32,7 @@ from forgetscale.data import (
 
 VOCAB_SIZE = 67
 BLOCK_SIZE = 24
-FISHER_METHODS = ("ewc", "online_ewc", "alignguard")
+FISHER_METHODS = ("ewc", "online_ewc", "alignguard", "ewc_lora", "alignguard_lora")
 SIZES = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 35,

@@ -10,11 +10,15 @@ import torch
 
 from forgetscale.api import EDITS_GRADIENTS, EDITS_PARAMS, Unprotected, overrides
 from forgetscale.config import (
+    AdaloraMethodConfig,
+    AlignguardLoraMethodConfig,
     AlignguardMethodConfig,
     EaftLossConfig,
+    EwcLoraMethodConfig,
     EwcMethodConfig,
     GmtMethodConfig,
     HftMethodConfig,
+    L2SpLoraMethodConfig,
     L2SpMethodConfig,
     LossConfig,
     LotaMethodConfig,
@@ -39,11 +43,17 @@ CONFIGS = {
     "online_ewc": EwcMethodConfig(kind="online_ewc", basis="fisher"),
     "alignguard": AlignguardMethodConfig(kind="alignguard", basis="fisher"),
     "osf": OsfMethodConfig(kind="osf"),
+    "alignguard_lora": AlignguardLoraMethodConfig(kind="alignguard_lora", basis="fisher"),
+    "ewc_lora": EwcLoraMethodConfig(kind="ewc_lora", basis="fisher"),
+    "l2_sp_lora": L2SpLoraMethodConfig(kind="l2_sp_lora"),
+    "adalora": AdaloraMethodConfig(kind="adalora", target_rank=2, shrink_until_step=9),
 }
 ANCHORED = {"l2_sp", "ewc", "online_ewc", "alignguard", "osf"}
+ANCHORED |= {"alignguard_lora", "ewc_lora", "l2_sp_lora"}
 """Methods that hold weights near their source; their state names what they hold."""
+OWN_STATE = ANCHORED | {"adalora"}
 HOOKS = {"gmt": {EDITS_GRADIENTS, EDITS_PARAMS}, "gmt_official": {EDITS_GRADIENTS}}
-HOOKS |= dict.fromkeys(ANCHORED, {EDITS_GRADIENTS, EDITS_PARAMS})
+HOOKS |= dict.fromkeys(OWN_STATE, {EDITS_GRADIENTS, EDITS_PARAMS})
 """Hooks a method uses; static plans use none."""
 
 
@@ -56,7 +66,7 @@ def test_plain_loss_and_no_state(kind: str):
     method = METHODS[kind](CONFIGS[kind])
     logits, labels = torch.randn(5, 9), torch.tensor([1, 2, -100, 4, 0])
     assert torch.equal(method.loss(logits, labels), cross_entropy(logits, labels))
-    if kind not in ANCHORED:
+    if kind not in OWN_STATE:
         assert method.state_dict() == {}
         method.load_state_dict({})
         with pytest.raises(ValueError, match="has no state, got"):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forgetscale.ops.collisions import Collision, collision_pull
 from forgetscale.ops.factors import (
     diagonal_pull,
     factor_gradients,
@@ -468,3 +469,33 @@ def test_basis_of_another_adapter():
     a, b, scale = FACTORS
     with pytest.raises(ValueError, match="basis is for 34 weights, the adapter changes 35"):
         vector_pull(torch.ones(34, 1, dtype=D), torch.ones(1, dtype=D), a, b, scale)
+
+
+@pytest.mark.parametrize("with_metric", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_collisions_on_factors(monkeypatch, side: str, with_metric: bool):
+    monkeypatch.setattr("forgetscale.ops.collisions.ROWS_AT_A_TIME", 3)
+    a, b, scale = FACTORS
+    size = 7 if side == "left" else 5
+    generator = torch.Generator().manual_seed(21)
+    basis = torch.linalg.qr(torch.randn(size, 2, dtype=D, generator=generator))[0]
+    diagonal = torch.rand(7, 5, dtype=D, generator=generator)
+    options = Collision(alpha=0.3, beta=4.0, tau=0.5, temperature=0.2)
+    leaves = a.clone().requires_grad_(), b.clone().requires_grad_()
+    delta = scale * leaves[1] @ leaves[0]
+    projector = basis @ basis.t()
+    part = projector @ delta if side == "left" else delta @ projector
+    value = 0.3 * riemannian_overlap(
+        part, delta - part, beta=4.0, tau=0.5, temperature=0.2, reduction="mean"
+    )
+    if with_metric:
+        value = value + 0.7 * geodesic_overlap(part, delta - part, diagonal)
+    auto = torch.autograd.grad(value, leaves)
+    rows = diagonal if side == "left" else diagonal.t()
+    metric = (lambda chosen: rows[chosen]) if with_metric else None
+    found = collision_pull(side, basis, a, b, scale, options, metric)
+    assert float(found.value) == near(float(value.detach()))
+    assert torch.allclose(found.lora_a, auto[0], atol=1e-10)
+    assert torch.allclose(found.lora_b, auto[1], atol=1e-10)
+    still = collision_pull(side, basis, a, torch.zeros_like(b), scale, options, metric)
+    assert still.value == 0 and not still.lora_a.any()
