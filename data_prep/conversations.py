@@ -6,6 +6,7 @@
 | ``sharegpt`` | ``{"conversations": [{"from": "human", "value": "..."}, ...], "system": "..."}`` |
 | ``alpaca`` | ``{"instruction": "...", "input": "...", "output": "..."}`` |
 | ``prompt-completion`` | ``{"prompt": "...", "completion": "..."}``, both text or both messages |
+| ``dialogues`` | what ``forgetscale generate`` writes: messages and their tokens, taken as is |
 
 ``auto`` takes the first format, in this order, whose fields a row has; messages under the key
 ``conversations`` and the other way round are told apart by their own keys. In Alpaca rows a blank
@@ -20,7 +21,7 @@ from typing import Any
 
 from data_prep.records import BadRecordError, Document, parse_object, require_characters
 
-FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt-completion")
+FORMATS = ("auto", "dialogues", "messages", "sharegpt", "alpaca", "prompt-completion")
 COLUMNS = (
     "messages",
     "conversations",
@@ -32,9 +33,15 @@ COLUMNS = (
     "system",
     "history",
     "tools",
+    "input_ids",
+    "supervised",
+    "tokenizer_sha256",
+    "state",
+    "reason",
 )
 """Table columns that a conversation may need."""
 _NEEDED = {
+    "dialogues": ("messages", "input_ids", "supervised", "tokenizer_sha256"),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "prompt-completion": ("prompt", "completion"),
@@ -78,6 +85,8 @@ def parse_conversation(data: bytes, format_name: str = "auto") -> Document:
     if record.get("tools"):
         raise BadRecordError("has 'tools', which are not supported")
     first = 0
+    if kind == "dialogues":
+        return _dialogue(record)
     if kind == "messages":
         messages = _turns(record["messages"], "messages")
     elif kind == "sharegpt":
@@ -95,6 +104,34 @@ def parse_conversation(data: bytes, format_name: str = "auto") -> Document:
         if turn["role"] == "assistant" and not turn["content"].strip():
             raise BadRecordError(f"assistant message {number} is empty")
     return Document(messages=tuple(messages), first_supervised=first, num_open_turns=num_open)
+
+
+def _dialogue(record: Mapping[str, Any]) -> Document:
+    """Return a generated dialogue with its tokens; one that was rejected is left out."""
+    messages = tuple(_turns(record["messages"] or [{"role": "user", "content": ""}], "messages"))
+    if record.get("state", "accepted") != "accepted":
+        return Document(messages=messages, left_out="not_accepted")
+    ids: list[Any] = record["input_ids"]
+    places: list[tuple[Any, Any]] = [
+        (item.get("start"), item.get("end"))
+        for item in record["supervised"]
+        if isinstance(item, Mapping)
+    ]
+    borders = [border for place in places for border in place]
+    if (
+        not all(isinstance(item, int) and item >= 0 for item in [*ids, *borders])
+        or borders != sorted(borders)
+        or not places
+        or borders[0] < 1
+        or borders[-1] > len(ids)
+    ):
+        raise BadRecordError("'supervised' is no list of ranges inside 'input_ids'")
+    return Document(
+        messages=messages,
+        tokens=tuple(ids),
+        supervised=tuple(places),
+        tokenizer_sha256=str(record["tokenizer_sha256"]),
+    )
 
 
 def _format_of(record: Mapping[str, Any]) -> str:

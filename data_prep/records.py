@@ -29,6 +29,14 @@ class Document:
     """Assistant messages before this one are context only; for supervised fine-tuning."""
     num_open_turns: int = 0
     """Messages after the last answer that were left out; for supervised fine-tuning."""
+    tokens: tuple[int, ...] = ()
+    """Tokens of the conversation, where it was generated: rows hold these and no others."""
+    supervised: tuple[tuple[int, int], ...] = ()
+    """Begin and end of the answers among ``tokens``."""
+    tokenizer_sha256: str = ""
+    """Tokenizer of ``tokens``."""
+    left_out: str = ""
+    """Why it is left out on purpose, or ""."""
 
 
 class BadRecordError(Exception):

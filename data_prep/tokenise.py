@@ -127,6 +127,8 @@ class DocumentReader:
 
     def reason_to_drop(self, found: Found) -> str | None:
         """Return why a document is left out, or None."""
+        if found.document.left_out:
+            return found.document.left_out
         if self._filter is None:
             return None
         messages = found.document.messages

@@ -12,10 +12,11 @@ import numpy as np
 
 from data_prep.encoding import TokenizerSpec, load_tokenizer
 from data_prep.options import BuildOptions
-from data_prep.records import BadRecordError
+from data_prep.records import BadRecordError, Document
 from data_prep.supervision import Span, SpanFinder
 from data_prep.tokenise import DocumentOptions, DocumentReader, Found, document_arrays
 from data_prep.units import Unit, UnitResult
+from forgetscale.data import tokenizer_hash
 from forgetscale.data.duplicates import text_hash
 from forgetscale.data.template_day import asks_for_day, fix_day
 from forgetscale.errors import ConfigError
@@ -111,6 +112,10 @@ class ChatEncoder:
         self._control = tuple(
             {token.content for token in added if token.special and token.content.strip()}
         )
+        self._control_ids = frozenset(
+            number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        )
+        self._sha256 = tokenizer_hash(spec.path)
         ends = {token.content for token in added} | {self.tokenizer.eos_token or ""}
         self._finder = SpanFinder(self._render, sorted(ends))
 
@@ -158,6 +163,38 @@ class ChatEncoder:
             num_merged += bool(offsets[places[0], 0] < span.start)
         return Encoded(text, ids, supervised, spans, ends, num_merged)
 
+    def given(self, document: Document, num_messages: int | None = None) -> Encoded:
+        """Return a conversation that brought its tokens: these and no others are trained on.
+
+        Args:
+            document: With ``tokens``.
+            num_messages: Messages that stay, the last of them an answer; None: all.
+
+        Raises:
+            BadRecordError: They were made with another tokenizer.
+        """
+        if document.tokenizer_sha256 != self._sha256:
+            raise BadRecordError(
+                f"generated with another tokenizer (SHA-256 {document.tokenizer_sha256[:12]}...)"
+                f" than --tokenizer ({self._sha256[:12]}...)"
+            )
+        answers = [n for n, turn in enumerate(document.messages) if turn["role"] == "assistant"]
+        # Earlier answers may be context only; the ranges are those of the last ones.
+        pairs = list(zip(answers[-len(document.supervised) :], document.supervised, strict=True))
+        if num_messages is not None:
+            pairs = [pair for pair in pairs if pair[0] < num_messages]
+        size = len(document.tokens) if num_messages is None else pairs[-1][1][1]
+        ids = np.array(document.tokens[:size], np.uint32)
+        supervised = np.zeros(size, bool)
+        for _, (start, end) in pairs:
+            supervised[start:end] = True
+        ends = [end for _, (_, end) in pairs]
+        spans = [
+            Span(message, start, end, int(ids[end - 1]) in self._control_ids)
+            for message, (start, end) in pairs
+        ]
+        return Encoded(self.tokenizer.decode(ids.tolist()), ids, supervised, spans, ends, 0)
+
 
 class UnitSupervisor:
     """Turn units into supervised tokens in this process.
@@ -184,11 +221,11 @@ class UnitSupervisor:
         kept: list[tuple[Found, Encoded]] = []
         for found in self.reader.read(unit, result):
             messages = found.document.messages
-            if self.encode.forges_tokens(messages):
+            if not found.document.tokens and self.encode.forges_tokens(messages):
                 result.dropped["special_token_in_message"] += 1
                 continue
             try:
-                encoded = self._fitting(messages, found.document.first_supervised, result)
+                encoded = self._fitting(found.document, result)
             except BadRecordError as error:
                 result.rejects.append((found.line, str(error)))
                 continue
@@ -216,16 +253,20 @@ class UnitSupervisor:
         ) | {"supervised": np.concatenate(flags).astype(np.uint8)}
         return result
 
-    def _fitting(
-        self, messages: Sequence[dict[str, str]], first: int, result: UnitResult
-    ) -> Encoded | None:
+    def _encode(self, document: Document, num_messages: int | None = None) -> Encoded:
+        """Return the tokens of a conversation, of its first messages if asked."""
+        if document.tokens:
+            return self.encode.given(document, num_messages)
+        return self.encode(document.messages[:num_messages], document.first_supervised)
+
+    def _fitting(self, document: Document, result: UnitResult) -> Encoded | None:
         """Return the conversation as tokens that fit a row, or None if it is dropped.
 
         Turns are left out before rendering, so that what stays is what the template makes of a
         conversation that ends there.
         """
         options = self._options
-        encoded = self.encode(messages, first)
+        encoded = self._encode(document)
         if len(encoded.ids) <= options.max_tokens:
             return encoded
         result.counts["long_documents"] += 1
@@ -240,10 +281,10 @@ class UnitSupervisor:
         ):
             if end <= options.max_tokens:
                 num_messages = span.message + 1
-                shorter = self.encode(messages[:num_messages], first)
+                shorter = self._encode(document, num_messages)
                 if len(shorter.ids) <= options.max_tokens:
                     result.counts["truncated_documents"] += 1
-                    result.counts["left_out_turns"] += len(messages) - num_messages
+                    result.counts["left_out_turns"] += len(document.messages) - num_messages
                     return shorter
         return None
 

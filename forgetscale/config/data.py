@@ -108,8 +108,9 @@ class MixtureDataConfig:
     """Rows of several token sets."""
     sets: tuple[MixtureSetConfig, ...]
     """The token sets, at least one."""
-    unit: Literal["rows", "tokens"] = "rows"
-    """What the weights are shares of; ``tokens`` divides each by the set's mean tokens a row."""
+    unit: Literal["rows", "tokens", "targets", "sequences"] = "rows"
+    """What the weights are shares of: each is divided by what the set has of it in a row on
+    average. ``targets`` are target tokens, ``sequences`` documents or conversations."""
     shuffle_seed: int = 42
     """Seed of the row orders, >= 0."""
     document_mask: bool = None  # type: ignore[assignment]

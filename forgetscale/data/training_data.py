@@ -171,7 +171,8 @@ class TrainingData:
 
         Returns:
             ``data/row_share/NAME``, ``data/token_share/NAME`` and, with SFT rows,
-            ``data/target_share/NAME``: the share of target tokens.
+            ``data/target_share/NAME`` and ``data/sequence_share/NAME``: the share of target tokens
+            and of conversations.
         """
         if len(self.parts) == 1:
             return {}
@@ -181,10 +182,11 @@ class TrainingData:
         ]
         kinds = {"row": [float(count) for count in counts], "token": tokens}
         if self.is_supervised:
-            kinds["target"] = [
-                int(count) * float(part.token_set.targets_per_row(document_mask=True))
-                for count, part in zip(counts, self.parts, strict=True)
-            ]
+            for kind, unit in (("target", "targets"), ("sequence", "sequences")):
+                kinds[kind] = [
+                    int(count) * float(units_per_row(part.token_set, unit))
+                    for count, part in zip(counts, self.parts, strict=True)
+                ]
         found = {}
         for kind, sizes in kinds.items():
             whole = max(1.0, math.fsum(sizes))
@@ -231,8 +233,7 @@ def open_data(config: DataConfig, tokenizer_dir: Path | None = None) -> Training
         sets = [TokenSet(part.path) for part in config.sets]
         shares = mixture_shares(
             [part.weight for part in config.sets],
-            [Fraction(item.num_tokens, item.num_rows) for item in sets],
-            config.unit,
+            [units_per_row(item, config.unit) for item in sets],
         )
         parts = [
             DataPart(part.shown_name, token_set, share, part.shuffle_seed)
@@ -261,23 +262,42 @@ def _require_kind(token_set: TokenSet, field: str, kind: str) -> None:
         )
 
 
-def mixture_shares(
-    weights: Sequence[float], tokens_per_row: Sequence[Fraction], unit: str
-) -> tuple[int, ...]:
+def units_per_row(token_set: TokenSet, unit: str) -> Fraction:
+    """Return how much of a unit a row of a set holds on average.
+
+    Args:
+        token_set: The set.
+        unit: ``rows``, ``tokens``, ``targets`` (each document on its own) or ``sequences``.
+
+    Raises:
+        ConfigError: The set holds nothing of it.
+    """
+    if unit == "rows":
+        return Fraction(1)
+    if unit == "targets":
+        found = Fraction(token_set.targets_per_row(document_mask=True))
+    else:
+        count = token_set.num_tokens if unit == "tokens" else token_set.num_documents
+        found = Fraction(count, token_set.num_rows)
+    if found <= 0:
+        raise ConfigError(
+            f"data.unit is {unit}, but {token_set.path} holds none; choose another unit."
+        )
+    return found
+
+
+def mixture_shares(weights: Sequence[float], units: Sequence[Fraction]) -> tuple[int, ...]:
     """Return how many rows of each set one period of the mixture holds.
 
     Args:
         weights: Each > 0.
-        tokens_per_row: Mean tokens a row of each set; used where ``unit`` is ``tokens``.
-        unit: ``rows`` or ``tokens``.
+        units: What a row of each set holds on average of the unit of the weights, each > 0.
 
     Returns:
-        Whole numbers. In the unit ``rows``, and where rows of all sets are equally full, exactly
-        in the proportion of the weights; else to within one part in 65,536 of the period.
+        Whole numbers. Where rows of all sets hold the same, exactly in the proportion of the
+        weights; else to within one part in 65,536 of the period.
     """
-    exact = [Fraction(str(weight)) for weight in weights]
-    if unit == "tokens":
-        exact = [weight / mean for weight, mean in zip(exact, tokens_per_row, strict=True)]
+    exact = [Fraction(str(weight)) / mean for weight, mean in zip(weights, units, strict=True)]
     shares = whole_shares(exact)
     if sum(shares) <= MAX_PERIOD:
         return shares

@@ -59,9 +59,8 @@ class TestShares:
 
     def test_token_weights_count_rows_by_their_tokens(self):
         full, half = Fraction(512), Fraction(256)
-        assert mixture_shares([1, 1], [full, full], "tokens") == (1, 1)
-        assert mixture_shares([1, 1], [full, half], "tokens") == (1, 2)
-        assert mixture_shares([1, 1], [full, half], "rows") == (1, 1)
+        assert mixture_shares([1, 1], [full, full]) == (1, 1)
+        assert mixture_shares([1, 1], [full, half]) == (1, 2)
 
     @settings(deadline=None)
     @given(
@@ -69,7 +68,7 @@ class TestShares:
     )
     def test_uneven_tokens_are_rounded_to_one_part_in_65536(self, pairs):
         means = [Fraction(*pair) for pair in pairs]
-        shares = mixture_shares([1] * len(pairs), means, "tokens")
+        shares = mixture_shares([1] * len(pairs), means)
         ideal = [1 / mean for mean in means]
         assert min(shares) >= 1
         for share, wanted in zip(shares, ideal, strict=True):

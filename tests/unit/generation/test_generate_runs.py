@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from data_prep.cli import main as data_prep_main
 from forgetscale.artifact import read_manifest, verify_artifact
 from forgetscale.cli.main import main
 from forgetscale.config import validate_generate_recipe
+from forgetscale.data import TokenSet
 from forgetscale.errors import ConfigError, DataError, StoppedEarly
 from forgetscale.generation import run as run_module
 from forgetscale.generation.engines import choice
@@ -272,3 +274,23 @@ def test_the_command(alone, talker, tmp_path, capsys):
     assert main(["generate", "--config", str(config), "--set", "model.path=nowhere"]) == 2
     assert "nowhere is no Hugging Face model folder" in capsys.readouterr().err
     assert read_manifest(alone[0] / "dialogues")["kind"] == "dialogues"
+
+
+def test_what_was_written_is_what_is_trained_on(alone, talker, tmp_path):
+    """Generated tokens to SFT rows: the same ids, and targets where the model answered."""
+    folder, payload = alone
+    arguments = ["--input", str(folder / "dialogues"), "--tokenizer", str(talker)]
+    shape = ["--block-size", "80", "--packing", "none", "--output", str(tmp_path / "rows")]
+    assert data_prep_main(["build", "--sft", *arguments, *shape]) == 0
+    rows = TokenSet(tmp_path / "rows")
+    assert rows.num_documents == rows.num_rows == 40
+    assert (
+        rows.manifest["payload"]["supervision"]["num_supervised_tokens"]
+        == (payload["num_supervised_tokens"])
+    )
+    lens = rows.document_lens(range(40))[:, 0].tolist()
+    for number, row in enumerate(result_rows(folder)):
+        ids = rows.read([number])[0, : lens[number]].tolist()
+        mask = rows.loss_mask([number])[0].nonzero().flatten().tolist()
+        assert ids == row["input_ids"]
+        assert mask == [n for item in row["supervised"] for n in range(item["start"], item["end"])]
