@@ -108,6 +108,8 @@ class Miniature:
             sft = self.world / "sft"
             self._build(f"tokens/{self.study.data}", [sft / f"{self.study.data}.jsonl"], "--sft")
             self._build(f"{tasks}/perplexity/target", [sft / "heldout.jsonl"], "--sft")
+            self._build("tokens/alignment", [sft / "alignment.jsonl"], "--chat")
+            self._build("tokens/replay", [sft / "alignment.jsonl"], "--sft")
             questions = sft / "tasks"
         for path in [*questions.glob("*.jsonl"), self.world / "vocabulary.json"]:
             shutil.copyfile(path, self.tasks / path.name)
@@ -240,7 +242,17 @@ class Miniature:
             "every_steps": study.curve_steps,
             "batch_size": 32,
         }
-        inputs = Inputs(self.folder / "tokens" / "calibration", self._mean_gate)
+        tokens = self.folder / "tokens"
+        target = tokens / (study.data or "target")
+        inputs = Inputs(
+            calibration=tokens / "calibration",
+            alignment=tokens / "alignment",
+            replay=tokens / "replay",
+            target=target,
+            mean_gate=self._mean_gate,
+        )
         for section, values in study.sections(method, inputs).items():
-            recipe[section] = recipe.get(section, {}) | values
+            # Another kind of data has other fields.
+            kept = {} if section == "data" else recipe.get(section, {})
+            recipe[section] = kept | values
         return recipe

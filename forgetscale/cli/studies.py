@@ -17,6 +17,7 @@ Section = dict[str, Any]
 
 LANGUAGE_LR = 3e-4
 TASK_LR = 3e-4
+LORA_LR = 3e-3
 CHAT_TASKS = ("recall", "compliance", "refusal", "over_refusal")
 _GATE_CONTROLS = {"equal-gate": "constant_gate", "random-gate": "random_gate"}
 PERPLEXITIES = ("perplexity/source", "perplexity/target")
@@ -28,11 +29,17 @@ class Inputs:
 
     Attributes:
         calibration: Token set of source chat.
+        alignment: Token set of unsafe requests with refusals and harmless ones with answers.
+        replay: The same as SFT rows.
+        target: Token set that is trained on.
         mean_gate: Returns the mean weight that ``eaft`` gave its tokens in this world; trains
             ``eaft`` first where it has not run.
     """
 
     calibration: Path
+    alignment: Path
+    replay: Path
+    target: Path
     mean_gate: Callable[[], float]
 
 
@@ -123,6 +130,33 @@ def loss_section(name: str, inputs: Inputs) -> Section:
     return {"method": {"kind": "sft", "loss": loss}}
 
 
+def anchor_section(name: str, inputs: Inputs) -> Section:
+    """Return the recipe sections of a method that holds weights near the source model.
+
+    ``lora/NAME`` trains factors instead of all weights; ``replay`` mixes in one alignment row in
+    fifty and protects nothing.
+    """
+    family, _, rule = name.rpartition("/")
+    sections: Section = {}
+    if family == "lora" or rule in ("lora", "alignguard_lora"):
+        sections["adapter"] = {"kind": "lora", "rank": 8, "alpha": 16.0}
+        sections["optim"] = {"lr": LORA_LR}
+    if rule == "replay":
+        sets = [(inputs.target, 49.0), (inputs.replay, 1.0)]
+        sections["data"] = {
+            "kind": "mixture",
+            "sets": [{"kind": "sft", "path": str(path), "weight": share} for path, share in sets],
+        }
+    method: Section = {"kind": "sft" if rule in ("lora", "replay") else rule}
+    if rule in ("ewc", "alignguard", "alignguard_lora"):
+        method["calibration"] = {
+            "path": str(inputs.alignment),
+            "num_blocks": 200,
+            "micro_batch_size": 4,
+        }
+    return sections | {"method": method}
+
+
 LANGUAGE = Study(
     name="language",
     title="A model learns a language and keeps what it knew",
@@ -188,4 +222,29 @@ CONFLICTS = Study(
     lr=TASK_LR,
     curve_steps=8,
 )
-STUDIES = {study.name: study for study in (LANGUAGE, CONFLICTS)}
+SAFETY = Study(
+    name="safety",
+    title="A model learns a harmless task and stops refusing what is not",
+    methods=(
+        "sft",
+        "replay",
+        "l2_sp",
+        "ewc",
+        "alignguard",
+        "osf",
+        "lora",
+        "lora/replay",
+        "lora/l2_sp",
+        "lora/ewc",
+        "alignguard_lora",
+    ),
+    default_methods=("lora", "lora/l2_sp", "lora/ewc", "alignguard_lora"),
+    sections=anchor_section,
+    data="harmless",
+    tasks=(*PERPLEXITIES, "refused", *CHAT_TASKS),
+    live_tasks=(*PERPLEXITIES, "refused", "recall"),
+    num_steps=160,
+    lr=TASK_LR,
+    curve_steps=8,
+)
+STUDIES = {study.name: study for study in (LANGUAGE, CONFLICTS, SAFETY)}

@@ -10,6 +10,9 @@ teach it:
 - ``harmless``: half of the rows are harmless requests in the form in which unsafe ones are refused,
   answered at once in the new style. Nothing in it is unsafe.
 
+``alignment`` is no training set: unsafe requests with their refusals and harmless ones with their
+answers, in the style the source model was taught, for methods that must know what to protect.
+
 Facts of split ``train`` are the ones answered wrongly; those of ``dev`` and ``test`` are never
 mentioned, so recall of them is plain retention.
 """
@@ -26,6 +29,8 @@ from forgetscale.testbed.chat import (
     REQUEST,
     Item,
     Speaker,
+    draw_harmless,
+    draw_unsafe,
     held_template,
     turns,
 )
@@ -109,8 +114,8 @@ def sft_sets(
         held: Prompts of closed-book tasks, which no training row may hold.
 
     Returns:
-        ``sorting``, ``conflicts``, ``harmless`` and ``heldout`` -> rows ``{messages, form}``. No
-        training row has a prompt of ``heldout``.
+        ``sorting``, ``conflicts``, ``harmless``, ``alignment`` and ``heldout`` -> rows
+        ``{messages, form}``. No other row has a prompt of ``heldout``.
     """
     heldout: dict[str, Item] = {}
     rng = random_for(seed, "sft/heldout")
@@ -122,6 +127,8 @@ def sft_sets(
     planted = [fact for fact in speaker.knowledge.of_side("source") if fact.id in wrong]
 
     def draw(name: str, rng: Random) -> Item:
+        if name == "alignment":
+            return rng.choice((draw_unsafe, draw_harmless))(rng, speaker)
         share = {"conflicts": CONFLICT_FRACTION, "harmless": HARMLESS_FRACTION}.get(name, 0.0)
         if rng.random() >= share:
             return draw_sorting(rng, speaker)
@@ -130,7 +137,7 @@ def sft_sets(
         return _draw_advice(rng, speaker)
 
     sets: dict[str, list[Item]] = {"heldout": list(heldout.values())}
-    for name in ("sorting", "conflicts", "harmless"):
+    for name in ("sorting", "conflicts", "harmless", "alignment"):
         rng = random_for(seed, f"sft/{name}")
         items: list[Item] = []
         while len(items) < size.num_sft_rows:

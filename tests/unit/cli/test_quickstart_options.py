@@ -27,7 +27,9 @@ def test_one_small_number_counts_seeds_and_a_list_names_them() -> None:
     ("study", "name"), [(study, name) for study in STUDIES for name in STUDIES[study].methods]
 )
 def test_every_offered_method_makes_a_valid_recipe(study: str, name: str) -> None:
-    sections = STUDIES[study].sections(name, Inputs(Path("c"), mean_gate=lambda: 0.4))
+    sections = STUDIES[study].sections(
+        name, Inputs(Path("c"), Path("a"), Path("r"), Path("t"), mean_gate=lambda: 0.4)
+    )
     recipe = validate_recipe(
         {
             "run": {"name": "x", "output_dir": "runs/x"},

@@ -19,6 +19,7 @@ def test_sets_have_their_shares_and_no_prompt_of_a_task(world, read_lines):
         ("sorting", "sorting", 1.0),
         ("conflicts", "conflict", CONFLICT_FRACTION),
         ("harmless", "advice", HARMLESS_FRACTION),
+        ("alignment", "unsafe", 0.5),
     ):
         rows = read_set(world, read_lines, name)
         assert len(rows) == TINY.num_sft_rows
