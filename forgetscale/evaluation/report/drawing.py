@@ -26,7 +26,18 @@ _STYLES = {
     "ssu/official": ("#cc79a7", "P"),
     "ssu/paper": ("#0072b2", "o"),
 }
-_SPARE = (("#000000", "X"), ("#8c6d31", "<"), ("#7a4fa3", ">"), ("#a8323e", "h"), ("#4d7c0f", "*"))
+_SPARE = (
+    ("#000000", "X"),
+    ("#8c6d31", "<"),
+    ("#7a4fa3", ">"),
+    ("#a8323e", "h"),
+    ("#4d7c0f", "*"),
+    ("#0f766e", "d"),
+    ("#db2777", "p"),
+    ("#92400e", "8"),
+)
+_MOST_INSIDE = 6
+"""Entries of a legend that fit inside the axes."""
 
 
 def method_styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -120,5 +131,22 @@ def log_ticks(axis: Any, low: float, high: float) -> None:
 
 
 def legend(ax: Axes, **options: Any) -> None:
-    """Add a legend without a frame."""
-    ax.legend(frameon=False, fontsize=9, labelcolor=INK, **options)
+    """Add a legend without a frame; a long one stands below the figure."""
+    names = ax.get_legend_handles_labels()[1]
+    if len(names) <= _MOST_INSIDE:
+        ax.legend(frameon=False, fontsize=9, labelcolor=INK, **options)
+        return
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    width, height = figure.get_size_inches()
+    columns = max(2, int(width // 1.9))
+    rows = -(-len(names) // columns)
+    figure.set_size_inches(width, height + 0.2 * rows)
+    figure.legend(
+        *ax.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncol=columns,
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=INK,
+    )
