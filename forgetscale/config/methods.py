@@ -161,6 +161,27 @@ class HftMethodConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FreezeLayersMethodConfig:
+    """Layer freezing: only some layers at one end of the decoder are trained."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["freeze_layers"]
+    loss: LossConfig = CrossEntropyLossConfig()
+    """What is minimised; any loss goes with any protection."""
+    trainable_layers: int = 2
+    """That many last layers are trained; below 0: that many first ones; not 0."""
+    ends: Literal["train", "freeze"] = "freeze"
+    """Embedding, output head and final norm."""
+    plan: Path | None = None
+    """A finished plan folder; None makes the plan."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.trainable_layers != 0, "trainable_layers must not be 0: no layer would learn")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GmtMethodConfig:
     """Gradient-mask tuning: in each step only the largest gradients of each tensor count."""
 
@@ -284,6 +305,7 @@ MethodConfig = Annotated[
     SftMethodConfig
     | SsuMethodConfig
     | HftMethodConfig
+    | FreezeLayersMethodConfig
     | GmtMethodConfig
     | LotaMethodConfig
     | S2ftMethodConfig

@@ -37,6 +37,7 @@ PLAN_FIELDS = (
     "scope",
     "frozen_fraction",
     "trainable_fraction",
+    "trainable_layers",
     "num_trial_steps",
     "trial_lr",
     "variant",

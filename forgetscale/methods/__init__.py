@@ -10,6 +10,7 @@ from forgetscale.config import loss_options
 from forgetscale.methods.adalora import Adalora
 from forgetscale.methods.alignguard_lora import AdapterAnchor
 from forgetscale.methods.anchors import Alignguard, Ewc, L2Sp, Osf
+from forgetscale.methods.freeze_layers import FreezeLayers
 from forgetscale.methods.gmt import Gmt, GmtOfficial
 from forgetscale.methods.hft import Hft
 from forgetscale.methods.lota import Lota
@@ -22,6 +23,7 @@ _PROTECTIONS: Mapping[str, Callable[[Any], Unprotected]] = {
     "sft": lambda config: Sft(),
     "ssu": Ssu,
     "hft": Hft,
+    "freeze_layers": FreezeLayers,
     "gmt": Gmt,
     "gmt_official": GmtOfficial,
     "lota": Lota,

@@ -16,6 +16,7 @@ SETTINGS = {
     "sft": {"kind": "sft"},
     "ssu": SSU,
     "hft": {"kind": "hft"},
+    "freeze_layers": {"kind": "freeze_layers", "trainable_layers": 1},
     "gmt": {"kind": "gmt"},
     "gmt_official": {"kind": "gmt_official"},
     "lota": {"kind": "lota", "trainable_fraction": 0.3, "num_trial_steps": 5, "trial_lr": 1e-3},
@@ -48,6 +49,7 @@ NEUTRAL = {
     "sft": {"kind": "sft"},
     "ssu": {"kind": "ssu", "frozen_fraction": 0.0},
     "hft": {"kind": "hft", "frozen_fraction": 0.0},
+    "freeze_layers": {"kind": "freeze_layers", "trainable_layers": 2, "ends": "train"},
     "gmt": {"kind": "gmt", "trainable_fraction": 1.0},
     # It does not clip, so it is plain training without clipping.
     "gmt_official": {"kind": "gmt_official", "trainable_fraction": 1.0},
