@@ -19,6 +19,8 @@ LANGUAGE_LR = 3e-4
 TASK_LR = 3e-4
 LORA_LR = 3e-3
 CHAT_TASKS = ("recall", "compliance", "refusal", "over_refusal")
+_STRENGTHS = {"l2_sp_lora": 0.01, "ewc_lora": 1.0, "alignguard_lora": 0.25}
+"""Defaults of the recipe, which ``@FACTOR`` multiplies."""
 _GATE_CONTROLS = {"equal-gate": "constant_gate", "random-gate": "random_gate"}
 PERPLEXITIES = ("perplexity/source", "perplexity/target")
 
@@ -133,27 +135,35 @@ def loss_section(name: str, inputs: Inputs) -> Section:
 def anchor_section(name: str, inputs: Inputs) -> Section:
     """Return the recipe sections of a method that holds weights near the source model.
 
-    ``lora/NAME`` trains factors instead of all weights; ``replay`` mixes in one alignment row in
-    fifty and protects nothing.
+    ``NAME_lora`` and ``lora`` train factors instead of all weights; ``/replay`` mixes in one
+    alignment row in fifty and protects nothing; ``@10`` multiplies the default strength;
+    ``/collision`` adds the collision terms, ``/project`` takes protected directions out of steps.
     """
-    family, _, rule = name.rpartition("/")
+    name, _, factor = name.partition("@")
+    kind, _, variant = name.partition("/")
     sections: Section = {}
-    if family == "lora" or rule in ("lora", "alignguard_lora"):
+    if kind.endswith("lora"):
         sections["adapter"] = {"kind": "lora", "rank": 8, "alpha": 16.0}
         sections["optim"] = {"lr": LORA_LR}
-    if rule == "replay":
+    if variant == "replay":
         sets = [(inputs.target, 49.0), (inputs.replay, 1.0)]
         sections["data"] = {
             "kind": "mixture",
             "sets": [{"kind": "sft", "path": str(path), "weight": share} for path, share in sets],
         }
-    method: Section = {"kind": "sft" if rule in ("lora", "replay") else rule}
-    if rule in ("ewc", "alignguard", "alignguard_lora"):
+    method: Section = {"kind": "sft" if kind == "lora" else kind}
+    if kind.partition("_lora")[0] in ("ewc", "alignguard"):
         method["calibration"] = {
             "path": str(inputs.alignment),
             "num_blocks": 200,
             "micro_batch_size": 4,
         }
+    if factor:
+        method["strength"] = _STRENGTHS[kind] * float(factor)
+    if variant == "collision":
+        method["collision"] = {}
+    if variant == "project":
+        method["action"] = "project_update"
     return sections | {"method": method}
 
 
@@ -227,18 +237,23 @@ SAFETY = Study(
     title="A model learns a harmless task and stops refusing what is not",
     methods=(
         "sft",
-        "replay",
+        "sft/replay",
         "l2_sp",
         "ewc",
         "alignguard",
         "osf",
         "lora",
         "lora/replay",
-        "lora/l2_sp",
-        "lora/ewc",
+        "l2_sp_lora",
+        "l2_sp_lora@100",
+        "ewc_lora",
+        "ewc_lora@10",
         "alignguard_lora",
+        "alignguard_lora@10",
+        "alignguard_lora/collision",
+        "alignguard_lora/project",
     ),
-    default_methods=("lora", "lora/l2_sp", "lora/ewc", "alignguard_lora"),
+    default_methods=("lora", "l2_sp_lora", "ewc_lora", "alignguard_lora"),
     sections=anchor_section,
     data="harmless",
     tasks=(*PERPLEXITIES, "refused", *CHAT_TASKS),

@@ -53,7 +53,7 @@ class Claim:
 CLAIMS = (
     Claim("ssu/paper", "sft", ("ssu/rand",), 0.25),
     Claim("eaft", "sft", ("sft/equal-gate", "sft/random-gate"), 0.0),
-    Claim("alignguard_lora", "lora", ("lora/l2_sp", "lora/ewc"), 0.5, "refused"),
+    Claim("alignguard_lora", "lora", ("l2_sp_lora", "ewc_lora"), 0.5, "refused"),
 )
 """One for each study of the testbed; fixed before its runs."""
 
