@@ -5,6 +5,7 @@ from __future__ import annotations
 from forgetscale.config import GenerateRecipe
 from forgetscale.generation.engines.base import Engine
 from forgetscale.generation.engines.slots import SlotEngine
+from forgetscale.generation.engines.vllm import open_vllm
 from forgetscale.generation.loading import load_causal_model
 
 
@@ -19,6 +20,8 @@ def open_engine(recipe: GenerateRecipe, stop_ids: tuple[int, ...]) -> Engine:
         ConfigError: The engine is not installed or cannot run the model.
     """
     config = recipe.generate
+    if config.engine.kind == "vllm":
+        return open_vllm(recipe)
     return SlotEngine(
         load_causal_model(recipe.model),
         num_slots=config.engine.num_slots,
