@@ -17,7 +17,7 @@ Section = dict[str, Any]
 
 LANGUAGE_LR = 3e-4
 TASK_LR = 3e-4
-LORA_LR = 3e-3
+LORA_LR = 1e-3
 CHAT_TASKS = ("recall", "compliance", "refusal", "over_refusal")
 _STRENGTHS = {"l2_sp_lora": 0.01, "ewc_lora": 1.0, "alignguard_lora": 0.25}
 """Defaults of the recipe, which ``@FACTOR`` multiplies."""
