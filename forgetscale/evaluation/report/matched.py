@@ -21,7 +21,9 @@ RULE = (
     " 2/3 of it in log perplexity. The rule looks at all runs alike and at target perplexity alone,"
     " so it cannot favour a method, and every point lies after adaptation began and within what"
     " every run measured. A run's score there is read off its own curve: evaluations that set a"
-    " new lowest target perplexity, joined linearly in log perplexity."
+    " new lowest target perplexity, joined linearly in log perplexity. A method of which some run"
+    " never went below the perplexity that the control's runs had at their first evaluation did not"
+    " learn the target; it is named and left out of the rule."
 )
 
 
@@ -71,6 +73,38 @@ def value_at(points: Sequence[tuple[float, float]], perplexity: float) -> float 
     return None
 
 
+def _measured(run: Run, ability: str) -> list[float]:
+    """Return target perplexities of a run after its start, where ``ability`` was measured too."""
+    return [
+        point.values[TARGET]
+        for point in run.curve
+        if point.step > 0 and TARGET in point.values and ability in point.values
+    ]
+
+
+def idle_methods(runs: Sequence[Run], control: str, ability: str = RECALL) -> list[str]:
+    """Return the methods that did not learn the target, as the rule says.
+
+    Args:
+        runs: All runs of the report.
+        control: Unprotected method.
+        ability: What is compared.
+    """
+    firsts = [
+        found[0] for run in runs if run.method == control and (found := _measured(run, ability))
+    ]
+    if not firsts:
+        return []
+    limit = min(firsts)
+    return list(
+        dict.fromkeys(
+            run.method
+            for run in runs
+            if run.method != control and (found := _measured(run, ability)) and min(found) >= limit
+        )
+    )
+
+
 def run_points(run: Run, ability: str = RECALL) -> list[tuple[float, float]]:
     """Return target perplexity and ``ability`` of a run's curve, where both were measured."""
     return [
@@ -92,11 +126,7 @@ def matched_levels(runs: Sequence[Run], ability: str = RECALL) -> tuple[list[Lev
     """
     starts, ends = [], []
     for run in runs:
-        after_start = [
-            point.values[TARGET]
-            for point in run.curve
-            if point.step > 0 and TARGET in point.values and ability in point.values
-        ]
+        after_start = _measured(run, ability)
         if len(after_start) < 2:
             return [], (
                 f"run {run.folder} has {len(after_start)} evaluations of {TARGET} and {ability}"

@@ -245,11 +245,13 @@ def _matched_table(data: Mapping[str, Any]) -> str:
                 _spread(point["lost_minus_control"]),
             ]
         rows.append(row)
+    idle = data["matched_idle"]
+    left_out = f" Left out here: <b>{escape(', '.join(idle))}</b>." if idle else ""
     return (
         f"<section><h2>Matched comparison: {escape(ability_label(ability))}</h2>"
-        f"<p>{escape(data['matched_rule'])} Means over seeds with 95% t intervals; the last column"
-        f" of each group is paired by seed.</p>{_table(head, rows)}{_other_abilities(data, styles)}"
-        f"{_claim_table(data)}</section>"
+        f"<p>{escape(data['matched_rule'])}{left_out} Means over seeds with 95% t intervals; the"
+        f" last column of each group is paired by seed.</p>{_table(head, rows)}"
+        f"{_other_abilities(data, styles)}{_claim_table(data)}</section>"
     )
 
 

@@ -12,6 +12,7 @@ from forgetscale.evaluation.report.claim import Claim, ClaimOutcome, choose_clai
 from forgetscale.evaluation.report.matched import (
     RULE,
     Level,
+    idle_methods,
     matched_levels,
     run_points,
     value_at,
@@ -39,6 +40,7 @@ class Matched:
         kept: The ability at each level.
         lost: The ability before adaptation minus the ability at each level.
         others: Further abilities that were measured during training, at each level.
+        idle: Methods that did not learn the target and are not compared.
     """
 
     claim: Claim
@@ -47,11 +49,14 @@ class Matched:
     kept: Values
     lost: Values
     others: Mapping[str, Values]
+    idle: Sequence[str]
 
 
 def match_runs(runs: Sequence[Run], claim: Claim) -> Matched:
     """Read every run's abilities at the matched target perplexities."""
-    levels, why_none = matched_levels(runs, claim.ability)
+    idle = idle_methods(runs, claim.control, claim.ability)
+    learned = [run for run in runs if run.method not in idle]
+    levels, why_none = matched_levels(learned, claim.ability)
 
     def read(ability: str) -> Values:
         values: dict[str, dict[int, list[float | None]]] = {}
@@ -79,7 +84,7 @@ def match_runs(runs: Sequence[Run], claim: Claim) -> Matched:
         for name in measured
         if name not in (claim.ability, TARGET) and not name.startswith("bits_per_byte/")
     }
-    return Matched(claim, levels, why_none, kept, lost, others)
+    return Matched(claim, levels, why_none, kept, lost, others, idle)
 
 
 def before_training(run: Run, ability: str) -> float | None:
@@ -115,6 +120,7 @@ def report_data(
             for level in matched.levels
         ],
         "matched_missing": matched.why_none,
+        "matched_idle": list(matched.idle),
         "matched_others": {
             name: {method: _means(values, method, len(matched.levels)) for method in methods}
             for name, values in matched.others.items()

@@ -9,6 +9,7 @@ from forgetscale.evaluation.report.claim import CLAIMS, choose_claim, judge
 from forgetscale.evaluation.report.matched import (
     Level,
     envelope,
+    idle_methods,
     matched_levels,
     run_points,
     value_at,
@@ -189,3 +190,15 @@ def test_a_claim_without_a_share_needs_any_reduction() -> None:
     assert judge(claim, LEVELS[:1], found).status == "not held"
     found["eaft"] = {seed: [0.4] for seed in range(3)}
     assert judge(claim, LEVELS[:1], found).status == "held"
+
+
+def test_a_method_that_did_not_learn_is_left_out(make_run: Any) -> None:
+    runs = read_runs(
+        [
+            make_run("sft", 0, [1.0, 0.5, 0.2], [900.0, 100.0, 2.0]),
+            make_run("hft", 0, [1.0, 0.9, 0.8], [900.0, 300.0, 100.0]),
+            make_run("ssu/rand", 0, [1.0, 0.9, 0.8], [900.0, 300.0, 99.0]),
+        ]
+    )
+    assert idle_methods(runs, "sft") == ["hft"]
+    assert idle_methods(runs, "lora") == []
