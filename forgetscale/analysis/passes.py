@@ -120,6 +120,7 @@ def walk(
 
     Raises:
         ForgetScaleError: A row is damaged, or ``consume`` failed on some rank.
+        StoppedEarly: Some rank was asked to stop.
 
     Collective: every rank must call it.
     """
@@ -145,4 +146,5 @@ def walk(
                 error = found
         done += sum(len(span.rows) for span in turn)
         progress.update(done)
+        world.stop_if_asked("during the pass over rows")
     world.agree(error)

@@ -288,6 +288,30 @@ def add_product_(
         total[part] += left[:, part].t() @ right
 
 
+def rescale_(grad: Tensor, scale: Float[Tensor, ""], dtype: torch.dtype) -> Tensor:
+    """Return ``grad * scale`` in a type that is not wider, in the memory of ``grad``.
+
+    Multiplied in fp32 or better and rounded once: a bf16 factor would bias all gradients alike. A
+    narrower result is written over what was read before it, so that the fp32 sum over chunks of a
+    head's gradient and its bf16 copy never exist together.
+
+    Args:
+        grad: Contiguous; its content is lost.
+        scale: Factor.
+        dtype: Type of the result.
+    """
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    factor = scale.to(wide)
+    if grad.dtype == dtype == wide:
+        return grad.mul_(factor)
+    flat = grad.view(-1)
+    out = flat.view(dtype)[: flat.numel()]
+    for start in range(0, flat.numel(), TILE_ELEMENTS):
+        part = slice(start, start + TILE_ELEMENTS)
+        out[part] = (flat[part].to(wide) * factor).to(dtype)
+    return out.view(grad.shape)
+
+
 def _step(
     logits: Tensor, labels: Tensor, loss: LossFunction, extra: Mapping[str, Tensor], grad: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -359,9 +383,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad is None:
                 scaled.append(None)
                 continue
-            # In fp32 or better, rounded once: a bf16 factor would bias all gradients alike.
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            scaled.append(grad.to(wide).mul_(scale.to(wide)).to(dtype))
+            scaled.append(rescale_(grad, scale, dtype))
         ctx.found = None
         hidden, trained, bias = scaled
         return (hidden, None, trained, None, bias, *[None] * 6)

@@ -135,6 +135,15 @@ def test_goes_on_with_the_next_file_after_a_kill(caches: Caches):
     assert "holds this cache already" in caches.start("killed", 1).logs[0]
 
 
+def test_a_request_to_stop_loses_no_file(caches: Caches):
+    outcome = caches.start("asked", 2, stop_at=3)
+    assert outcome.codes == [75, 75]
+    assert "stopped on request during the pass over rows" in outcome.logs[0]
+    outcome = caches.start("asked", 1)
+    assert outcome.codes == [0] and "6 of 8 files are there" in outcome.logs[0]
+    assert LogitCache(caches.folder / "asked").content_hash == LogitCache(caches.get()).content_hash
+
+
 def test_a_killed_pass_of_another_job_is_not_mixed_in(caches: Caches):
     caches.start("mixed", 1, "--top-k", 3, die_at=3)
     outcome = caches.start("mixed", 1)

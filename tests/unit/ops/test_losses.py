@@ -159,6 +159,26 @@ def test_only_asked_gradients_are_made():
     assert torch.equal(c["hidden"].grad, expected)
 
 
+@pytest.mark.parametrize("tile", [1, 7, 2**22])
+@pytest.mark.parametrize(
+    ("kept", "wanted"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_gradients_are_rescaled_where_they_lie(monkeypatch, tile: int, kept, wanted):
+    monkeypatch.setattr(chunked, "TILE_ELEMENTS", tile)
+    grad = torch.randn(9, 5, generator=torch.Generator().manual_seed(1)).to(kept)
+    scale = torch.tensor(0.3)
+    expected = (grad.to(torch.promote_types(kept, torch.float32)) * scale).to(wanted)
+    found = chunked.rescale_(grad, scale, wanted)
+    assert found.dtype == wanted and torch.equal(found, expected)
+    assert found.data_ptr() == grad.data_ptr()
+
+
 def test_chunk_size_must_be_positive():
     c = case(torch.float32)
     with pytest.raises(ValueError, match="chunk_size must be > 0, got 0"):
