@@ -1,8 +1,11 @@
 """Looks at models and data that are no training: one module for each, all behind ``analyze``.
 
+Two kinds: analyses of a recipe's model and data, and analyses of model folders, without a recipe.
+
 A module has ``SUMMARY`` (one line), ``add_arguments(parser)`` for options of its own, and
 ``run(options, recipe, world, log)``, which every rank calls; ``output_of(options, recipe)`` is the
-folder it writes.
+folder it writes. A module of the second kind has ``run(options)`` alone; the options all of them
+share are in ``two_models``.
 """
 
 from __future__ import annotations
@@ -14,3 +17,8 @@ ANALYSES: Mapping[str, str] = {
     "landscape": "forgetscale.analysis.landscape",
 }
 """Flag of ``forgetscale analyze`` -> module."""
+
+FOLDER_ANALYSES: Mapping[str, str] = {
+    "delta": "forgetscale.analysis.delta",
+}
+"""The same for analyses that need no recipe."""

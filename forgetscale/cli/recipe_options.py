@@ -16,9 +16,9 @@ from forgetscale.engine.metrics import LOG_FILE
 from forgetscale.zero3 import World, launcher_rank, lost_peer, start_world, stop_world
 
 
-def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+def add_recipe_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add ``--config`` and ``--set``."""
-    parser.add_argument("--config", type=Path, required=True, metavar="run.yaml", help="recipe")
+    parser.add_argument("--config", type=Path, required=required, metavar="run.yaml", help="recipe")
     parser.add_argument(
         "--set",
         action="append",

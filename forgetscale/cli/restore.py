@@ -12,7 +12,6 @@ import argparse
 import os
 from pathlib import Path
 
-from forgetscale.errors import ConfigError
 from forgetscale.knowledge.edits import (
     METHODS,
     RESCALES,
@@ -21,7 +20,7 @@ from forgetscale.knowledge.edits import (
     EditOptions,
     parse_fraction,
 )
-from forgetscale.knowledge.restore import Place, check_output, describe, restore
+from forgetscale.knowledge.restore import check_output, describe, read_ranks, restore
 from forgetscale.knowledge.setup import Request, open_setup
 from forgetscale.knowledge.work import start_process
 
@@ -117,28 +116,13 @@ def read_request(options: argparse.Namespace) -> Request:
     )
 
 
-def read_place(options: argparse.Namespace) -> Place:
-    """Return output, processes and ranks.
-
-    Raises:
-        ConfigError: The rank or the number of workers is impossible.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(cores or 1, 8) if options.workers is None else options.workers
-    rank = int(os.environ.get("RANK", "0")) if options.rank is None else options.rank
-    size = options.world_size
-    size = int(os.environ.get("WORLD_SIZE", "1")) if size is None else size
-    if workers < 1 or not 0 <= rank < size:
-        raise ConfigError(
-            f"--workers {workers} must be >= 1 and --rank {rank} below --world-size {size}."
-        )
-    return Place(options.output, workers, rank, size, visible=rank == 0)
-
-
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     start_process()
-    request, place = read_request(options), read_place(options)
+    request = read_request(options)
+    place = read_ranks(
+        options.output, options.workers, options.rank, options.world_size, os.environ
+    )
     if options.dry_run:
         check_output(request, place.output)
         print(describe(open_setup(request)))

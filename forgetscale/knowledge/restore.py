@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,37 @@ class Place:
     rank: int = 0
     size: int = 1
     visible: bool = True
+
+
+def read_ranks(
+    output: Path,
+    workers: int | None,
+    rank: int | None,
+    size: int | None,
+    environment: Mapping[str, str],
+) -> Place:
+    """Return where to work; what is not given follows from the machine and the launcher.
+
+    Args:
+        output: Output folder.
+        workers: Local processes, or None for all cores (at most 8).
+        rank: This rank, or None for ``RANK``.
+        size: Ranks, or None for ``WORLD_SIZE``.
+        environment: Variables a launcher sets.
+
+    Raises:
+        ConfigError: A number is impossible.
+    """
+    if workers is None:
+        has = hasattr(os, "sched_getaffinity")
+        workers = min(len(os.sched_getaffinity(0)) if has else os.cpu_count() or 1, 8)
+    rank = int(environment.get("RANK", "0")) if rank is None else rank
+    size = int(environment.get("WORLD_SIZE", "1")) if size is None else size
+    if workers < 1 or not 0 <= rank < size:
+        raise ConfigError(
+            f"--workers {workers} must be >= 1 and --rank {rank} below --world-size {size}."
+        )
+    return Place(output, workers, rank, size, visible=rank == 0)
 
 
 def check_output(request: Request, output: Path) -> None:
@@ -181,6 +213,9 @@ def restore(request: Request, place: Place, log: Callable[[str], None]) -> dict[
     try:
         with Crew(work, place.rank, place.size, place.workers, place.visible) as crew:
             _run(request, setup, layout, crew, folders, digest)
+            if place.rank == 0:
+                for stage, seconds in crew.seconds.items():
+                    log(f"{stage}: {seconds:.2f} s")
     except OSError as error:
         # Rank 0 removes the work folder when all is published; a late rank finds it gone.
         if place.rank > 0 and all([_is_done(folder, digest) for folder in folders.values()]):

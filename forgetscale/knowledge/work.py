@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -108,6 +108,8 @@ class Crew:
     visible: bool = True
     _pool: ProcessPoolExecutor | None = None
     _lock: IO[str] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of each finished stage."""
 
     def __enter__(self) -> Crew:
         """Take the rank's lock and start its processes."""
@@ -159,6 +161,7 @@ class Crew:
             arguments: Same for all parts.
             own: One more argument for each part; None for none.
         """
+        start = time.monotonic()
         folder = self.folder / stage
         folder.mkdir(exist_ok=True)
         mine = range(self.rank, count, self.size)
@@ -171,6 +174,7 @@ class Crew:
             self.wait_for(lambda: self._done(folder) == count)
             progress.update(count)
         fsync_path(folder)
+        self.seconds[stage] = time.monotonic() - start
         return Results(folder, count)
 
     def _done(self, folder: Path) -> int:
