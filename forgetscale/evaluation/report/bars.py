@@ -116,7 +116,7 @@ def matched_plot(data: Mapping[str, Any]) -> str | None:
     figure, axes = new_figure(5.6, 4.2)
     ax = axes[0, 0]
     width = 0.8 / len(entries)
-    styles = method_styles([entry["method"] for entry in entries])
+    styles = method_styles([entry["method"] for entry in data["summary"]])
     for index, entry in enumerate(entries):
         colour = styles[entry["method"]][0]
         for place, point in enumerate(entry["matched_points"]):

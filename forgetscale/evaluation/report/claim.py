@@ -213,8 +213,9 @@ def _why(claim: Claim, point: Mapping[str, Any]) -> str:
     elif not point["below_control"]:
         needed = f", {claim.reduction:.0%} needed" if claim.reduction else ""
         reasons.append(
-            f"the loss of {subject} ({lost[subject]:.3f}) is {point['reduction']:.0%} below"
-            f" {control} ({lost[control]:.3f}){needed}"
+            f"the loss of {subject} ({lost[subject]:.3f}) is {abs(point['reduction']):.0%}"
+            f" {'below' if point['reduction'] >= 0 else 'above'} {control} ({lost[control]:.3f})"
+            f"{needed}"
         )
     reasons += [
         f"the loss of {subject} ({lost[subject]:.3f}) is not below {name} ({lost[name]:.3f})"

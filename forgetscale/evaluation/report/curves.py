@@ -70,7 +70,9 @@ def retention_plot(data: Mapping[str, Any], *, wide: bool = False) -> str | None
         return None
     figure, axes = new_figure(11.1, 4.0) if wide else new_figure(5.6, 4.2)
     ax = axes[0, 0]
-    for method, (colour, mark) in method_styles(list(curves)).items():
+    styles = method_styles([entry["method"] for entry in data["summary"]])
+    for method in curves:
+        colour, mark = styles[method]
         _draw_band(ax, [envelope(pairs) for pairs in curves[method]], method, colour, mark)
     starts = [
         max(point[0] for point in pairs[1:2] or pairs) for own in curves.values() for pairs in own
