@@ -26,6 +26,17 @@ if [ "${#arguments[@]}" -eq 0 ]; then
   mypy forgetscale data_prep
   echo "== layers"
   lint-imports
-  echo "== tests"
+  # Two halves side by side: the unit tests keep one core busy, the others wait a lot.
+  unit_log="$(mktemp)"
+  status=0
+  "$PYTHON" -m pytest "${selection[@]}" tests/unit > "$unit_log" 2>&1 &
+  unit=$!
+  trap 'kill "$unit" 2>/dev/null || true; rm -f "$unit_log"' EXIT
+  echo "== tests on several processes and nodes, against references, of every method"
+  "$PYTHON" -m pytest "${selection[@]}" --ignore tests/unit || status=$?
+  echo "== unit tests"
+  wait "$unit" || status=$?
+  cat "$unit_log"
+  exit "$status"
 fi
 exec "$PYTHON" -m pytest "${selection[@]}" "${arguments[@]}"
