@@ -28,6 +28,7 @@ COMMANDS = {
     "export": "checkpoint -> Hugging Face folder",
     "preflight": "look at every node before a job over several (launch/slurm.sh does)",
     "prompts": "your own safe and unsafe prompts -> refusal tasks",
+    "safelora": "project an adapter onto what alignment changed",
     "report": "one or more runs -> report.html and report.json",
     "restore": "put back what tuning should not have changed; merge tuned models",
 }

@@ -117,6 +117,10 @@ class SafetensorsFolder:
         """Return the weight files, sorted."""
         return sorted(set(self._file_of.values()))
 
+    def names_in(self, file: str) -> list[str]:
+        """Return the names of the tensors of one weight file, sorted."""
+        return sorted(name for name, place in self._file_of.items() if place == file)
+
     def hash_weight_file(self, name: str) -> str:
         """Return the xxh3-128 of one weight file (read at disk speed)."""
         digest = xxhash.xxh3_128()

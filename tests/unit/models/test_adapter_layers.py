@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from forgetscale.errors import ConfigError
 from forgetscale.masks import AdapterPair
@@ -151,3 +151,20 @@ def test_first_values(init: str, deviation: float):
     other = initial_values(pair, pair.lora_A, 0, 20, seed=2, init=init)
     assert not torch.equal(other, values[:20])
     assert not initial_values(pair, pair.lora_B, 0, 20, seed=1, init=init).any()
+
+
+@pytest.mark.parametrize(
+    ("targets", "millions"), [(["q_proj", "v_proj"], 3.408), ("all-linear", 20.97)]
+)
+def test_sizes_of_an_8b_model(targets, millions: float):
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=1,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=64,
+    )
+    found = pairs(build_skeleton(config), targets, rank=8)
+    count = sum(a * b for pair in found.values() for a, b in pair.factor_shapes().values())
+    assert 32 * count == pytest.approx(millions * 1e6, rel=1e-3)
