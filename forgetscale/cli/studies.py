@@ -137,7 +137,8 @@ def anchor_section(name: str, inputs: Inputs) -> Section:
 
     ``NAME_lora`` and ``lora`` train factors instead of all weights; ``/replay`` mixes in one
     alignment row in fifty and protects nothing; ``@10`` multiplies the default strength;
-    ``/collision`` adds the collision terms, ``/project`` takes protected directions out of steps.
+    ``/collision`` adds the collision terms, ``/no-ridge`` leaves out the penalty on the rest of the
+    update, ``/project`` takes protected directions out of steps.
     """
     name, _, factor = name.partition("@")
     kind, _, variant = name.partition("/")
@@ -162,6 +163,8 @@ def anchor_section(name: str, inputs: Inputs) -> Section:
         method["strength"] = _STRENGTHS[kind] * float(factor)
     if variant == "collision":
         method["collision"] = {}
+    if variant == "no-ridge":
+        method["task_strength"] = 0.0
     if variant == "project":
         method["action"] = "project_update"
     return sections | {"method": method}
@@ -250,6 +253,7 @@ SAFETY = Study(
         "ewc_lora@10",
         "alignguard_lora",
         "alignguard_lora@10",
+        "alignguard_lora/no-ridge",
         "alignguard_lora/collision",
         "alignguard_lora/project",
     ),
