@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def describe(outlook: Outlook, world_size: int) -> str:
     """Return the estimates as text."""
     memory = outlook.memory
-    state = memory.state
+    state, kept = memory.state, memory.protection
     host = " (host)" if state.offloaded else ""
     passing = memory.micro_batch >= memory.step
     parts = [
@@ -95,6 +95,8 @@ def describe(outlook: Outlook, world_size: int) -> str:
         ("gradient bucket", memory.bucket),
         ("buffers of the model", memory.buffers),
         *([("frozen source model", memory.reference)] if memory.reference else []),
+        *([(f"anchors (source weights){host}", kept.anchors)] if kept.anchors else []),
+        *([(f"Fisher basis{host}", kept.basis)] if kept.basis else []),
         ("gathered parameters", memory.gathered),
         ("activations", memory.activations),
         ("loss", memory.loss),
@@ -118,6 +120,8 @@ def describe(outlook: Outlook, world_size: int) -> str:
         *(f"  {name:31s} {size / 1e9:10.3f} GB" for name, size in parts),
         f"  {'peak on the device':31s} {memory.device / 1e9:10.3f} GB, in {peak}",
     ]
+    if kept.disk:
+        lines.append(f"Fisher basis on disk   {kept.disk / 1e9:10.3f} GB, all ranks together")
     if state.offloaded:
         lines.append(f"  {'in host memory':31s} {memory.host / 1e9:10.3f} GB")
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from forgetscale.engine.memory import (
     state_bytes,
     trace_micro_batch,
 )
+from forgetscale.engine.memory.protection import ProtectionBytes
 from forgetscale.engine.memory.state import (
     DTYPE_BYTES,
     Shapes,
@@ -57,6 +58,9 @@ class MemoryEstimate:
     """Logits of one chunk, their gradients, the gradient of the output head."""
     backward: int
     """Gradients on their way into the bucket, copies for the reduction, temporaries."""
+    protection: ProtectionBytes
+    """Anchors and bases of penalties and projections; beside the masters, so on the host with
+    offload."""
     reference: int
     """Slices of the frozen source model that the loss looks at; 0 without one or with a cache."""
     step: int
@@ -71,12 +75,17 @@ class MemoryEstimate:
     def device(self) -> int:
         """Peak where the model computes."""
         lasting = self.state.device + self.bucket + self.buffers + self.reference
+        lasting += 0 if self.state.offloaded else self._kept
         return lasting + max(self.micro_batch, self.step)
 
     @property
     def host(self) -> int:
         """Bytes in host memory through offload."""
-        return self.state.host
+        return self.state.host + (self._kept if self.state.offloaded else 0)
+
+    @property
+    def _kept(self) -> int:
+        return self.protection.anchors + self.protection.basis
 
 
 def micro_batch_setting(recipe: Recipe, block: int, world_size: int, device: str) -> Setting:
@@ -145,6 +154,7 @@ def estimate_memory(
     *,
     world_size: int,
     edits_gradients: bool = False,
+    protection: ProtectionBytes | None = None,
 ) -> MemoryEstimate:
     """Put the parts together.
 
@@ -155,6 +165,7 @@ def estimate_memory(
         trace: From ``trace_recipe``.
         world_size: Number of ranks, > 0.
         edits_gradients: The method edits gradients, which it sees in fp32.
+        protection: What penalties and projections keep; None for nothing.
     """
     zero = read_deepspeed(recipe.deepspeed)["zero_optimization"]
     width = DTYPE_BYTES[recipe.model.dtype]
@@ -173,6 +184,7 @@ def estimate_memory(
         setting = micro_batch_setting(recipe, 1, world_size, "cpu")
         bucket = setting.bucket_elements * setting.communication.itemsize
     return MemoryEstimate(
+        protection=protection or ProtectionBytes(),
         state=state_bytes(recipe, shapes, layout, world_size),
         bucket=bucket,
         buffers=trace.buffer_bytes,

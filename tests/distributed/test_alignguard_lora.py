@@ -1,0 +1,86 @@
+"""AlignGuard on adapters in real runs: the update that is applied, on any number of ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed.compare import assert_same_weights
+from tests.distributed.harness import RankServer
+from tests.distributed.runs import Runs
+from tests.distributed.test_anchored_runs import sides
+
+LORA = {"kind": "lora", "rank": 4, "alpha": 16}
+SCALE = 4.0
+
+
+def section(reading: str, action: str = "penalty", **fields) -> dict:
+    found = {"kind": "alignguard_lora", "reading": reading, "action": action, **fields}
+    return found | {"fisher": {"max_rank": 3}}
+
+
+def updates(run) -> dict[str, torch.Tensor]:
+    """Return the update of every adapted matrix, fp64, by its name in the source model."""
+    factors = run.outcome.value["factors"]
+    ends = (".lora_A", ".lora_B")
+    modules = {name.removesuffix(end) for name in factors for end in ends if name.endswith(end)}
+    return {
+        f"{m}.weight": SCALE * factors[m + ends[1]].double() @ factors[m + ends[0]].double()
+        for m in modules
+    }
+
+
+@pytest.mark.parametrize(("reading", "size"), [("left", 2), ("right", 3)])
+def test_a_projected_update_has_no_part_in_the_directions(runs: Runs, reading: str, size: int):
+    method = section(reading, "project_update")
+    run = runs.get(method, size, adapter=LORA)
+    basis, found = sides(run), updates(run)
+    assert len(found) == 14
+    for name, update in found.items():
+        directions = basis[f"{reading}/{name}"].double()
+        inner = directions.t() @ update if reading == "left" else update @ directions
+        assert float(inner.norm() / update.norm()) < 1e-5, name
+    assert run.metrics[-1]["method/leak"] > 1e-3, "without the projection it would have leaked"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        section("vector", strength=2.0),
+        section("two_sided", strength=2.0),
+        section("left", "prox", strength=200.0, task_strength=20.0),
+        section("right", collision={"strength": 5.0, "metric": "diagonal", "tau": 0.001}),
+    ],
+    ids=["vector", "two_sided", "prox", "collision"],
+)
+def test_one_rank_equals_two(runs: Runs, method: dict):
+    one, many = (runs.get(method, size, adapter=LORA) for size in (1, 2))
+    assert many.losses == pytest.approx(one.losses, rel=2e-6)
+    assert_same_weights(many.outcome.value["factors"], one.outcome.value["factors"])
+    last = one.metrics[-1]
+    total = sum(float(update.square().sum()) for update in updates(one).values())
+    assert total > 0 and last["method/penalty"] > 0 and 0 < last["method/leak"] < 1
+    if "collision" in method:
+        assert last["method/collision"] > 0
+
+
+def test_the_penalty_holds_the_update_back(runs: Runs):
+    held = runs.get(section("left", strength=50.0, task_strength=0.0), 2, adapter=LORA)
+    free = runs.get("sft", 2, adapter=LORA)
+    basis = sides(held)
+    energies = []
+    for run in (held, free):
+        total = 0.0
+        for name, update in updates(run).items():
+            inner = basis[f"left/{name}"].double().t() @ update
+            total += float((basis[f"values/left/{name}"].double()[:, None] * inner**2).sum())
+        energies.append(total)
+    assert energies[0] < 0.7 * energies[1]
+
+
+def test_layers_that_are_not_adapted(ranks: RankServer, runs: Runs):
+    adapter = {**LORA, "target_modules": ["q_proj"]}
+    method = {"kind": "l2_sp_lora", "target_modules": ["up_proj"]}
+    recipe = runs.recipe("not-adapted", method, {"adapter": adapter})
+    outcome = ranks.run("training:command", 1, recipe=recipe)
+    assert outcome.codes == [2] and "names no adapted layer" in outcome.errors[0]
