@@ -14,16 +14,20 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from forgetscale.config import load_generate_recipe
+from forgetscale.config import load_generate_recipe, load_recipe
 from forgetscale.errors import ConfigError
 from forgetscale.generation.run import run_worker
+from forgetscale.generation.soft_targets import write_soft_cache
 from forgetscale.generation.status import read_status
+from forgetscale.generation.style import measure_style
 from forgetscale.stop import StopRequest
 
 EXAMPLES = """examples:
   forgetscale generate --config self.yaml                 one worker; start more of them at will
   srun --ntasks 16 --gpus-per-task 1 forgetscale generate --config self.yaml
   forgetscale generate --status runs/self                 how far it is
+  forgetscale generate --soft-cache train.yaml --dialogues runs/self/dialogues
+  forgetscale generate --style train.yaml --tuned runs/a/export --output runs/a/results
   python -m data_prep build --sft --input runs/self/dialogues --tokenizer MODEL \\
       --block-size 4096 --output data/self-4096
 
@@ -49,6 +53,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="change one field, such as --set generate.num_dialogues=1000 (repeatable)",
     )
     parser.add_argument(
+        "--soft-cache",
+        type=Path,
+        metavar="train.yaml",
+        help="write the logit cache that this training recipe names (method.loss.reference.cache)"
+        " from what the model said while it wrote --dialogues (generate.soft_targets)",
+    )
+    parser.add_argument(
+        "--dialogues", type=Path, nargs="+", default=[], metavar="DIR", help="result folders"
+    )
+    parser.add_argument(
+        "--style",
+        type=Path,
+        metavar="train.yaml",
+        help="measure the sets of this training recipe under its model: surprise, gradient cosine,"
+        " with --tuned drift; writes style.json into --output",
+    )
+    parser.add_argument("--tuned", type=Path, metavar="DIR", help="model folder after training")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for style.json")
+    parser.add_argument(
         "--status", type=Path, metavar="DIR", help="print how far the run in DIR is, and stop"
     )
 
@@ -58,8 +81,22 @@ def run(options: argparse.Namespace) -> None:
     if options.status is not None:
         print("\n".join(read_status(options.status).lines()))
         return
+    if options.style is not None:
+        if options.output is None:
+            raise ConfigError("--style needs --output, the folder for style.json.")
+        recipe = load_recipe(options.style, options.set)
+        found = measure_style(recipe, options.output, tuned=options.tuned)
+        print(json.dumps({"nll": found["nll"], "cosine": found["cosine"]}))
+        return
+    if options.soft_cache is not None:
+        _write_soft_cache(options)
+        return
     if options.config is None:
         raise ConfigError("give --config with a recipe, or --status with the folder of a run.")
+    _generate(options)
+
+
+def _generate(options: argparse.Namespace) -> None:
     recipe = load_generate_recipe(options.config, options.set)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     stop = StopRequest()
@@ -74,3 +111,17 @@ def run(options: argparse.Namespace) -> None:
         stop.close()
     shown = ("num_dialogues", "num_ids", "counts", "num_tokens", "num_supervised_tokens")
     print(json.dumps({name: payload[name] for name in shown}))
+
+
+def _write_soft_cache(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.soft_cache, options.set)
+    reference = getattr(recipe.method.loss, "reference", None)
+    if reference is None or reference.cache is None:
+        raise ConfigError(
+            f"{options.soft_cache} names no cache to write: set method.loss to {{kind: kl,"
+            " reference: {cache: DIR}}."
+        )
+    if not options.dialogues:
+        raise ConfigError("--soft-cache needs --dialogues, the folders the rows were built from.")
+    payload = write_soft_cache(recipe, options.dialogues, reference.cache)
+    print(json.dumps(payload["num_targets_by_kind"]))

@@ -266,26 +266,21 @@ class EngineConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    kind: Literal["transformers", "vllm", "zero3"] = "transformers"
-    """``transformers``: one whole copy a worker; ``vllm``: needs forgetscale[vllm]; ``zero3``: all
-    ranks hold one copy together, for models that fit no other way (slow)."""
+    kind: Literal["transformers", "vllm"] = "transformers"
+    """``transformers``: one whole copy a worker; ``vllm``: needs forgetscale[vllm], and spreads a
+    copy over several GPUs with ``tensor_parallel_size``."""
     num_slots: int = 32
     """Dialogues decoded together by a worker, >= 4; every forward pass has this many rows."""
     tensor_parallel_size: int = 1
     """GPUs of one ``vllm`` worker, > 0."""
-    deepspeed: Path | None = None
-    """DeepSpeed JSON for ``zero3``."""
-    timeout_seconds: float = 600.0
-    """``zero3``: a rank that takes longer for one step is named and ends the job, > 0."""
 
     def __post_init__(self) -> None:
         """Check ranges and clashes."""
         require(self.num_slots >= 4, f"num_slots must be >= 4, got {self.num_slots}")
         require(self.tensor_parallel_size > 0, "tensor_parallel_size must be > 0")
-        require(self.timeout_seconds > 0, "timeout_seconds must be > 0")
         require(
-            (self.kind == "zero3") == (self.deepspeed is not None),
-            "deepspeed, a DeepSpeed JSON, goes with kind zero3",
+            self.tensor_parallel_size == 1 or self.kind == "vllm",
+            "tensor_parallel_size goes with kind vllm",
         )
 
 

@@ -239,6 +239,24 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KlLossConfig:
+    """Divergence from given predictions and nothing else: soft targets.
+
+    Rows of a cache that ``forgetscale generate --soft-cache`` made have the source model's own
+    predictions where it wrote the text, and the label alone elsewhere, where the loss is plain
+    cross-entropy.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["kl"]
+    reference: ReferenceConfig
+    """The predictions."""
+    direction: Literal["forward", "reverse"] = "forward"
+    """``forward``: KL(reference || model); ``reverse``: KL(model || reference)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SftKlLossConfig:
     """Cross-entropy plus a divergence from the source model's predictions."""
 
@@ -353,6 +371,7 @@ LossConfig = Annotated[
     | TalrLossConfig
     | ConstantGateLossConfig
     | RandomGateLossConfig
+    | KlLossConfig
     | SftKlLossConfig
     | AsftLossConfig
     | IwSftLossConfig

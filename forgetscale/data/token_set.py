@@ -197,10 +197,7 @@ class TokenSet:
             ValueError: The row is outside the set.
             DataError: Its record batch changed since it was written.
         """
-        self.read([row])
-        batch = int(np.searchsorted(self._batch_first_row, row, side="right")) - 1
-        table = self._record_batch(batch)
-        inside = row - int(self._batch_first_row[batch])
+        table, inside = self._place_of(row)
         sources = self.payload["sources"]
         pieces = []
         for doc_id, length in zip(
@@ -210,6 +207,23 @@ class TokenSet:
             name = sources[index]["path"] if index < len(sources) else f"source {index}"
             pieces.append(DocumentPiece(name, line, length))
         return pieces
+
+    def document_ids(self, row: int) -> list[int]:
+        """Return the ids of the documents of row ``row``, in order; see ``unpack_doc_id``.
+
+        Raises:
+            ValueError: The row is outside the set.
+            DataError: Its record batch changed since it was written.
+        """
+        table, inside = self._place_of(row)
+        found: list[int] = table.column(2)[inside].as_py()
+        return found
+
+    def _place_of(self, row: int) -> tuple[pa.RecordBatch, int]:
+        """Return the verified record batch of a row, and where in it the row is."""
+        self.read([row])
+        batch = int(np.searchsorted(self._batch_first_row, row, side="right")) - 1
+        return self._record_batch(batch), row - int(self._batch_first_row[batch])
 
     def document_lengths(self) -> Int64[np.ndarray, " pieces"]:
         """Return the tokens of every document piece of the set, in order of rows."""

@@ -36,7 +36,7 @@ _PUBLISHING = 999_999
 """Shard number of the lease under which one worker publishes."""
 _NOT_TEXT = {
     "": ("output_dir", "lease_seconds", "journal_rows", "min_accepted_fraction"),
-    "engine": ("num_slots", "timeout_seconds", "deepspeed", "tensor_parallel_size"),
+    "engine": ("num_slots", "tensor_parallel_size"),
 }
 """Fields of ``generate`` that do not change what is written."""
 
