@@ -20,5 +20,7 @@ ANALYSES: Mapping[str, str] = {
 
 FOLDER_ANALYSES: Mapping[str, str] = {
     "delta": "forgetscale.analysis.delta",
+    "mastery": "forgetscale.analysis.mastery",
+    "token-kl": "forgetscale.analysis.token_kl",
 }
 """The same for analyses that need no recipe."""

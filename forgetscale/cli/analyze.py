@@ -24,6 +24,10 @@ EXAMPLES = """examples:
       --models before=models/m sft=runs/sft/export eaft=runs/eaft/export
 
   forgetscale analyze --delta --source base --tuned runs/a/export --output runs/a-delta
+  forgetscale analyze --mastery --model base --facts facts.jsonl --templates templates.json \
+      --output runs/mastery
+  forgetscale analyze --token-kl --source base --tuned runs/a/export --prompts prompts.jsonl \
+      --answer-tokens all --output runs/a-kl
 
 The same --cache-logits command goes on where it was stopped.
 """

@@ -30,7 +30,7 @@ from forgetscale.knowledge.delta import (
 from forgetscale.knowledge.delta_page import render
 from forgetscale.knowledge.edits import decimal
 from forgetscale.knowledge.restore import Place
-from forgetscale.knowledge.setup import Request, Setup, cached_setup, open_setup
+from forgetscale.knowledge.setup import Request, Setup, cached_setup, forget_setup, open_setup
 from forgetscale.knowledge.work import Crew, Results
 from forgetscale.masks.radix import locate
 
@@ -146,6 +146,7 @@ def analyse_delta(
     Raises:
         DataError: An input cannot be used, or the output exists.
     """
+    forget_setup()
     setup = open_setup(request)
     page = place.output / HTML_NAME
     if page.exists() or place.output.is_file():

@@ -27,7 +27,7 @@ from forgetscale.knowledge.counting import (
     refine_part,
 )
 from forgetscale.knowledge.edits import Variant
-from forgetscale.knowledge.setup import Request, Setup, cached_setup, open_setup
+from forgetscale.knowledge.setup import Request, Setup, cached_setup, forget_setup, open_setup
 from forgetscale.knowledge.work import Crew, Results
 from forgetscale.knowledge.writing import (
     Layout,
@@ -199,6 +199,7 @@ def restore(request: Request, place: Place, log: Callable[[str], None]) -> dict[
         CheckpointError: Writing failed; finished parts are kept for the next start.
     """
     check_output(request, place.output)
+    forget_setup()
     setup = open_setup(request)
     digest = request.digest()
     folders = output_folders(setup, place.output)

@@ -211,8 +211,15 @@ def cached_setup(request: Request) -> Setup:
     """Return ``open_setup(request)``, once per process and thread: reads go into its buffers."""
     found: tuple[Request, Setup] | None = getattr(_OPENED, "last", None)
     if found is None or found[0] != request:
-        if found is not None:
-            for weights in (found[1].source, *found[1].tuned):
-                weights.close()
+        forget_setup()
         found = _OPENED.last = (request, open_setup(request))
     return found[1]
+
+
+def forget_setup() -> None:
+    """Close what ``cached_setup`` keeps open: the files may have changed since."""
+    found: tuple[Request, Setup] | None = getattr(_OPENED, "last", None)
+    if found is not None:
+        for weights in (found[1].source, *found[1].tuned):
+            weights.close()
+    _OPENED.last = None

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import xxhash
 
-from forgetscale.artifact import write_json
 from forgetscale.errors import CheckpointError
 from forgetscale.knowledge.apply import edited_block
 from forgetscale.knowledge.blocks import Block, Cutter, dropped
@@ -221,11 +220,6 @@ def _copy_rest(setup: Setup, span: Span, files: _Files, digest: Any) -> None:
         for variant in setup.plan.variants:
             for target in (entry.name, *entry.twins):
                 files.write(variant, target, start, data)
-
-
-def save_choice(path: Path, setup: Setup, cuts: Cuts, scales: Scales) -> None:
-    """Keep what was found about cuts and scales beside the parts."""
-    write_json(path, {"cuts": describe_cuts(setup, cuts), "scales": scales})
 
 
 def describe_cuts(setup: Setup, cuts: Cuts) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,14 @@ from measure import keep, spread
 from safetensors.torch import save_file
 from transformers import LlamaConfig, Olmo2Config, PretrainedConfig
 
-from forgetscale.knowledge.counting import histogram_bytes
+from forgetscale.knowledge.counting import (
+    count_part,
+    histogram_bytes,
+    join_counts,
+    refine_part,
+)
+from forgetscale.knowledge.edits import EditOptions
+from forgetscale.knowledge.setup import Request, open_setup
 from forgetscale.models import build_skeleton, parameter_shapes
 
 MODELS: dict[str, PretrainedConfig] = {
@@ -54,6 +62,10 @@ MODELS: dict[str, PretrainedConfig] = {
         num_attention_heads=40, num_key_value_heads=8),
 }  # fmt: skip
 """Shapes of published models, from their configurations."""
+
+
+POOL = 1 << 24
+"""Weights that are different; the models repeat them at other places."""
 
 
 def tensor_list(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -87,9 +99,10 @@ def make_pair(folder: Path, gigabytes: float) -> tuple[Path, Path]:
         vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers,
         num_attention_heads=32, num_key_value_heads=8, dtype="bfloat16")  # fmt: skip
     torch.manual_seed(0)
-    pool = torch.randn(1 << 24)
+    before = (0.013 * torch.randn(POOL)).bfloat16()
+    after = (before.float() + 8e-5 * torch.randn(POOL)).bfloat16()
     made = []
-    for kind, step in (("source", 0.0), ("tuned", 8e-5)):
+    for kind, pool in (("source", before), ("tuned", after)):
         target = folder / kind
         target.mkdir()
         config.save_pretrained(target)
@@ -99,11 +112,9 @@ def make_pair(folder: Path, gigabytes: float) -> tuple[Path, Path]:
             file = f"model-{number // 60 + 1:05d}-of-{-(-len(items) // 60):05d}.safetensors"
             tensors = {}
             for place, (name, shape) in enumerate(items[number : number + 60], number):
-                size = torch.Size(shape).numel()
-                start = place * 7919 % (1 << 20)
-                base = 0.013 * _tiled(pool, start, size) * (1 + 0.001 * place)
-                moved = base + step * _tiled(pool, start + 4321, size)
-                tensors[name] = moved.bfloat16().view(shape)
+                start, size = place * 7919 % (1 << 20), torch.Size(shape).numel()
+                piece = pool[start:].repeat(-(-size // (POOL - start)))
+                tensors[name] = piece[:size].view(shape).clone()
             save_file(tensors, target / file, {"format": "pt"})
             index |= dict.fromkeys(tensors, file)
         content = {"metadata": {}, "weight_map": index}
@@ -112,10 +123,24 @@ def make_pair(folder: Path, gigabytes: float) -> tuple[Path, Path]:
     return made[0], made[1]
 
 
-def _tiled(pool: torch.Tensor, start: int, size: int) -> torch.Tensor:
-    length = pool.numel() - (1 << 21)
-    piece = pool[start : start + length]
-    return piece[:size] if size <= length else piece.repeat(-(-size // length))[:size]
+def processor_rates(pair: tuple[Path, Path], size: int) -> dict[str, float]:
+    """Return bytes of the pair per second of one processor, for each reading pass.
+
+    Wall time on a shared machine says how busy others are; this does not.
+    """
+    torch.set_num_threads(1)
+    options = EditOptions(fractions=(Fraction(1, 5),))
+    setup = open_setup(Request(pair[0], (pair[1],), options, include="."))
+    found = {}
+    start = time.process_time()
+    counted = [count_part(setup, part) for part in range(len(setup.parts))]
+    found["count"] = size / (time.process_time() - start)
+    places = join_counts(setup, counted)
+    start = time.process_time()
+    for part in range(len(setup.parts)):
+        refine_part(setup, part, places)
+    found["refine"] = size / (time.process_time() - start)
+    return found
 
 
 def forget_pages(*folders: Path) -> None:
@@ -223,6 +248,7 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "stages": found["stages"],
         "peak_memory_bytes": max(found["memory"]),
         "load_average": os.getloadavg(),
+        "pass_bytes_per_processor_second": processor_rates(pair, size),
     }
     if options.mergekit:
         result["mergekit"] = _mergekit(folder, pair, options, base, environment)
