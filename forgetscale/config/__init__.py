@@ -71,6 +71,11 @@ from forgetscale.config.methods import (
     SftMethodConfig,
     SsuMethodConfig,
 )
+from forgetscale.config.neighbours import (
+    CloraMethodConfig,
+    OloraMethodConfig,
+    OploraMethodConfig,
+)
 from forgetscale.config.recipe import (
     EvaluateConfig,
     ModelConfig,
@@ -84,7 +89,10 @@ __all__ = [
     "AlignguardLoraMethodConfig",
     "CollisionConfig",
     "EwcLoraMethodConfig",
+    "CloraMethodConfig",
     "L2SpLoraMethodConfig",
+    "OloraMethodConfig",
+    "OploraMethodConfig",
     "ADAPTED_METHODS",
     "AdaloraMethodConfig",
     "AdapterConfig",

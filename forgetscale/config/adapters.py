@@ -11,13 +11,25 @@ from pydantic import ConfigDict, Discriminator
 from forgetscale.config.ranges import STRICT, require
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
-ADAPTED_METHODS = ("sft", "adalora", "alignguard_lora", "ewc_lora", "l2_sp_lora")
+ADAPTED_METHODS = (
+    "sft",
+    "adalora",
+    "alignguard_lora",
+    "ewc_lora",
+    "l2_sp_lora",
+    "olora",
+    "clora",
+    "oplora",
+)
 """Values of ``method.kind`` that can be trained through an adapter."""
 REQUIRED_ADAPTERS = {
     "adalora": ("svd",),
     "alignguard_lora": ("lora",),
     "ewc_lora": ("lora",),
     "l2_sp_lora": ("lora",),
+    "olora": ("lora",),
+    "clora": ("lora",),
+    "oplora": ("lora",),
 }
 """Methods that edit factors -> kinds of adapter they can do it with."""
 Targets = Literal["all-linear"] | tuple[str, ...]

@@ -22,6 +22,11 @@ from forgetscale.config.anchored import (
 )
 from forgetscale.config.calibration import CalibrationConfig
 from forgetscale.config.losses import CrossEntropyLossConfig, LossConfig
+from forgetscale.config.neighbours import (
+    CloraMethodConfig,
+    OloraMethodConfig,
+    OploraMethodConfig,
+)
 from forgetscale.config.ranges import STRICT, require, require_fraction
 
 ScoreName = Literal[
@@ -316,6 +321,9 @@ MethodConfig = Annotated[
     | OsfMethodConfig
     | AlignguardLoraMethodConfig
     | EwcLoraMethodConfig
-    | L2SpLoraMethodConfig,
+    | L2SpLoraMethodConfig
+    | OloraMethodConfig
+    | CloraMethodConfig
+    | OploraMethodConfig,
     Discriminator("kind"),
 ]

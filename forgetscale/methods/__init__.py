@@ -14,6 +14,7 @@ from forgetscale.methods.freeze_layers import FreezeLayers
 from forgetscale.methods.gmt import Gmt, GmtOfficial
 from forgetscale.methods.hft import Hft
 from forgetscale.methods.lota import Lota
+from forgetscale.methods.neighbours import Clora, Olora, Oplora
 from forgetscale.methods.s2ft import S2ft
 from forgetscale.methods.sft import Sft
 from forgetscale.methods.ssu import Ssu
@@ -37,6 +38,9 @@ _PROTECTIONS: Mapping[str, Callable[[Any], Unprotected]] = {
     "alignguard_lora": AdapterAnchor,
     "ewc_lora": AdapterAnchor,
     "l2_sp_lora": AdapterAnchor,
+    "olora": Olora,
+    "clora": Clora,
+    "oplora": Oplora,
 }
 
 

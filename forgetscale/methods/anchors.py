@@ -29,8 +29,8 @@ from forgetscale.masks import Segment, find_cuts
 from forgetscale.methods.anchored import Anchored
 from forgetscale.methods.fisher.measure import add_earlier, measure_basis, settings_of
 from forgetscale.methods.fisher.targets import held_names, match_targets
+from forgetscale.methods.leading import leading_directions
 from forgetscale.ops.importance import num_frozen as floor_share
-from forgetscale.ops.neighbours import top_directions
 from forgetscale.projections import (
     Anchor,
     Complement,
@@ -215,19 +215,7 @@ class Osf(Anchored):
         Ranks take matrices in turn; only the directions travel.
         """
         targets = match_targets(calibration.structure, self._config.target_modules)
-        shards = calibration.shards()
-        sides = {}
-        for number, target in enumerate(targets):
-            height, width = target.shape
-            k = max(1, min(self._config.rank, min(height, width) // 2))
-            found = torch.zeros(height + width, k)
-            if number % shards.size == shards.rank:
-                whole = calibration.read_source(target.name, 0, height * width)
-                left, right = top_directions(whole.view(height, width).double(), k)
-                found = torch.cat([left, right]).float()
-            found = shards.all_reduce_sum(found)
-            sides[target.name] = found[:height], found[height:]
-        self._sides = sides
+        self._sides = leading_directions(calibration, targets, self._config.rank)
         return [target.name for target in targets]
 
     def guard(

@@ -35,6 +35,9 @@ SETTINGS = {
     "alignguard_lora": {"kind": "alignguard_lora", "fisher": {"max_rank": 3}},
     "ewc_lora": {"kind": "ewc_lora", "strength": 0.2},
     "l2_sp_lora": {"kind": "l2_sp_lora", "strength": 0.5},
+    "olora": {"kind": "olora"},
+    "clora": {"kind": "clora", "num_directions": 3},
+    "oplora": {"kind": "oplora", "num_directions": 3},
 }
 LORA = {"adapter": {"kind": "lora", "rank": 4, "alpha": 16}}
 CHANGES: dict[str, dict] = {
@@ -43,6 +46,9 @@ CHANGES: dict[str, dict] = {
     "alignguard_lora": LORA,
     "ewc_lora": LORA,
     "l2_sp_lora": LORA,
+    "olora": LORA,
+    "clora": LORA,
+    "oplora": LORA,
 }
 """What else the recipe of a method needs; methods with an adapter train its factors."""
 NEUTRAL = {
@@ -66,6 +72,10 @@ NEUTRAL = {
     "alignguard_lora": {**SETTINGS["alignguard_lora"], "strength": 0.0, "task_strength": 0.0},
     "ewc_lora": {"kind": "ewc_lora", "strength": 0.0},
     "l2_sp_lora": {"kind": "l2_sp_lora", "strength": 0.0},
+    "olora": {"kind": "olora", "strength": 0.0},
+    "clora": {"kind": "clora", "strength": 0.0},
+    # At least one direction of every matrix stays.
+    "oplora": None,
 }
 DRAWS = {"hft", "s2ft"}
 """Methods whose plan is drawn by ``run.seed``; other plans are measured."""
@@ -153,7 +163,7 @@ def test_frozen_bits_with_decay(runs: Runs, method: str, size: int):
 def test_neutral_setting_is_sft(runs: Runs, method: str):
     settings = NEUTRAL[method]
     if settings is None:
-        assert method in ("s2ft", "osf")
+        assert method in ("s2ft", "osf", "oplora")
         return
     norm = 1e6 if method == "gmt_official" else 0.5
     neutral, sft = (

@@ -13,15 +13,19 @@ from forgetscale.config import (
     AdaloraMethodConfig,
     AlignguardLoraMethodConfig,
     AlignguardMethodConfig,
+    CloraMethodConfig,
     EaftLossConfig,
     EwcLoraMethodConfig,
     EwcMethodConfig,
+    FreezeLayersMethodConfig,
     GmtMethodConfig,
     HftMethodConfig,
     L2SpLoraMethodConfig,
     L2SpMethodConfig,
     LossConfig,
     LotaMethodConfig,
+    OloraMethodConfig,
+    OploraMethodConfig,
     OsfMethodConfig,
     S2ftMethodConfig,
     SftMethodConfig,
@@ -46,6 +50,10 @@ CONFIGS = {
     "alignguard_lora": AlignguardLoraMethodConfig(kind="alignguard_lora", basis="fisher"),
     "ewc_lora": EwcLoraMethodConfig(kind="ewc_lora", basis="fisher"),
     "l2_sp_lora": L2SpLoraMethodConfig(kind="l2_sp_lora"),
+    "olora": OloraMethodConfig(kind="olora"),
+    "clora": CloraMethodConfig(kind="clora"),
+    "oplora": OploraMethodConfig(kind="oplora"),
+    "freeze_layers": FreezeLayersMethodConfig(kind="freeze_layers"),
     "adalora": AdaloraMethodConfig(kind="adalora", target_rank=2, shrink_until_step=9),
 }
 ANCHORED = {"l2_sp", "ewc", "online_ewc", "alignguard", "osf"}
@@ -53,7 +61,8 @@ ANCHORED |= {"alignguard_lora", "ewc_lora", "l2_sp_lora"}
 """Methods that hold weights near their source; their state names what they hold."""
 OWN_STATE = ANCHORED | {"adalora"}
 HOOKS = {"gmt": {EDITS_GRADIENTS, EDITS_PARAMS}, "gmt_official": {EDITS_GRADIENTS}}
-HOOKS |= dict.fromkeys(OWN_STATE, {EDITS_GRADIENTS, EDITS_PARAMS})
+HOOKS |= dict.fromkeys(OWN_STATE | {"olora", "clora"}, {EDITS_GRADIENTS, EDITS_PARAMS})
+HOOKS["oplora"] = {EDITS_PARAMS}
 """Hooks a method uses; static plans use none."""
 
 
