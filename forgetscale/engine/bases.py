@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from forgetscale.artifact import fsync_path, hash_file, publish, wait_until_visible
+from forgetscale.artifact import (
+    fsync_path,
+    hash_file,
+    publish,
+    read_manifest,
+    verify_artifact,
+    wait_until_visible,
+)
 from forgetscale.config import Recipe, recipe_dict
 from forgetscale.errors import ConfigError, DataError
 from forgetscale.projections.basis import (
@@ -68,7 +75,30 @@ def write_basis(
         return str(manifest["self_hash"])
 
     wait_until_visible(directory, world.on_main(commit))
-    return FisherBasis(directory)
+    return FisherBasis(directory, verify=False)
+
+
+def open_basis(directory: Path, world: World) -> FisherBasis:
+    """Verify a finished basis, ranks sharing the files, and open it.
+
+    Args:
+        directory: The artefact.
+        world: This process among all.
+
+    Raises:
+        DataError: There is none, or a file was damaged.
+
+    Collective: every rank must call it.
+    """
+    error: DataError | None = None
+    try:
+        files = sorted(read_manifest(directory, BASIS_KIND)["files"])
+        mine = None if world.size == 1 else files[world.rank :: world.size]
+        verify_artifact(directory, BASIS_KIND, only=mine)
+    except DataError as found:
+        error = found
+    world.agree(error)
+    return FisherBasis(directory, verify=False)
 
 
 def check_basis(basis: FisherBasis, model_hash: str, settings: Mapping[str, Any]) -> None:
@@ -133,6 +163,6 @@ def settle_basis(
     if not found and given is None:
         return write_basis(kept, measure(), recipe, world)
     # The run's own comes first: a resume must not go on with another one.
-    basis = FisherBasis(kept if found or given is None else given)
+    basis = open_basis(kept if found or given is None else given, world)
     check_basis(basis, model_hash, settings)
     return basis
