@@ -143,6 +143,17 @@ def processor_rates(pair: tuple[Path, Path], size: int) -> dict[str, float]:
     return found
 
 
+def copy_rate(pair: tuple[Path, Path], target: Path, size: int) -> float:
+    """Return bytes that `cp` copies per second of one processor."""
+    before = os.times()
+    for one in pair:
+        subprocess.run(["cp", "-r", str(one), str(target)], check=True)
+        shutil.rmtree(target)
+    after = os.times()
+    used = after.children_user + after.children_system
+    return size / (used - before.children_user - before.children_system)
+
+
 def forget_pages(*folders: Path) -> None:
     """Ask the system to drop the folders' files from its cache."""
     os.sync()
@@ -204,6 +215,15 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     pair = make_pair(folder, options.gigabytes)
     size = sum(path.stat().st_size for one in pair for path in one.glob("*.safetensors"))
     found: dict[str, list[Any]] = {name: [] for name in ("cp", "restore", "stages", "memory")}
+    result: dict[str, Any] = {
+        "bytes_of_the_pair": size,
+        "pass_bytes_per_processor_second": processor_rates(pair, size),
+        "cp_bytes_per_processor_second": copy_rate(pair, folder / "copy", size),
+        "load_average": os.getloadavg(),
+        "rounds": options.rounds,
+    }
+    if options.rounds == 0:
+        return result | {"wall": "not measured: --rounds 0, for a machine that others keep busy"}
     base = [sys.executable, "-m", "forgetscale", "restore", "--source", str(pair[0]), "--tuned"]
     base += [str(pair[1]), "--workers", str(options.workers)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -237,18 +257,14 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         name: spread([size / stages[name] / cp_rate for stages in found["stages"]])
         for name in ("count", "refine")
     }
-    result: dict[str, Any] = {
-        "bytes_of_the_pair": size,
+    result |= {
         "workers": options.workers,
-        "rounds": options.rounds,
         "cp_bytes_per_second": cp_rate,
         "cp_seconds_per_model": spread(found["cp"]),
         "pass_over_cp": passes,
         "restore_seconds": spread(found["restore"]),
         "stages": found["stages"],
         "peak_memory_bytes": max(found["memory"]),
-        "load_average": os.getloadavg(),
-        "pass_bytes_per_processor_second": processor_rates(pair, size),
     }
     if options.mergekit:
         result["mergekit"] = _mergekit(folder, pair, options, base, environment)
@@ -300,7 +316,7 @@ def main() -> None:
     """Measure and keep the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.4, help="of both models together")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="0: rates per processor alone")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--mergekit", help="Python of an environment that has mergekit")
     parser.add_argument("--folder", type=Path, help="where to work (default: temporary)")
