@@ -208,7 +208,8 @@ def main() -> None:
             settings = {k: v for k, v in vars(options).items() if k != "local_rank"}
             settings["deepspeed"] = options.deepspeed.name
             name = f"projection_step-{options.hidden}-{options.reading}-{options.dtype}"
-            keep(f"{name}-{world.size}ranks", {"settings": settings, **result})
+            name += f"-{world.size}ranks" + (f"-no-{options.skip}" if options.skip else "")
+            keep(name, {"settings": settings, **result})
         world.barrier()
         stop_world()
 
