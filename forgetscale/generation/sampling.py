@@ -22,8 +22,8 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
 _FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _SECOND = -7723592293110705685  # 0x94D049BB133111EB
-_CANDIDATES = (64, 1024)
-"""Tokens looked at first, and then; enough for all but very flat distributions."""
+_CANDIDATES = 64
+"""Tokens looked at first; enough for all but flat distributions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +109,42 @@ def draw_tokens(
 def _draw_restricted(scaled: Float64[Tensor, "R V"], rows: RowSampling) -> Int64[Tensor, " R"]:
     """Draw from the restricted distribution of normalised log-probabilities.
 
-    Sorting the whole vocabulary is seldom needed: a few candidates hold the mass of most rows.
+    Sorting the vocabulary is not needed: a few candidates hold the mass of most rows, and flat
+    rows are drawn by rejection, which gives the same token.
     """
     size = scaled.shape[1]
+    # Only a limit on the number of tokens beyond the candidates needs an order of all.
+    count = size if bool((rows.top_k > _CANDIDATES).any()) else min(size, _CANDIDATES)
+    values, ids = _ordered(scaled, count)
+    keep = kept_candidates(values, rows.top_p, rows.top_k)
+    scores = values + gumbel_noise(rows.seeds, rows.positions, ids)
+    best = torch.argmax(torch.where(keep, scores, -torch.inf), dim=1, keepdim=True)
+    tokens = ids.gather(1, best)[:, 0]
+    left = torch.nonzero(~_is_enough(values, rows)).flatten() if count < size else rows.seeds[:0]
+    if len(left):
+        tokens[left] = _draw_by_rejection(scaled[left], _chosen(rows, left))
+    return tokens
+
+
+def _draw_by_rejection(scaled: Float64[Tensor, "R V"], rows: RowSampling) -> Int64[Tensor, " R"]:
+    """Draw where many tokens may be drawn: the best of all scores that belongs to the set.
+
+    A token belongs to the set if what is more probable has less than ``top_p`` together.
+    """
+    every = torch.arange(scaled.shape[1], device=scaled.device)
+    wide = every.expand(len(scaled), -1)
+    scores = scaled + gumbel_noise(rows.seeds, rows.positions, wide)
     tokens = torch.zeros_like(rows.seeds)
     left = torch.arange(len(tokens), device=tokens.device)
-    for count in (*(item for item in _CANDIDATES if item < size), size):
-        part = _chosen(rows, left)
-        values, ids = _ordered(scaled[left], count)
-        enough = _is_enough(values, part) | (count == size)
-        keep = kept_candidates(values, part.top_p, part.top_k)
-        scores = values + gumbel_noise(part.seeds, part.positions, ids)
-        best = torch.argmax(torch.where(keep, scores, -torch.inf), dim=1, keepdim=True)
-        tokens[left[enough]] = ids.gather(1, best)[enough, 0]
-        left = left[~enough]
-        if not len(left):
-            break
+    while len(left):
+        part = scaled[left]
+        best = torch.argmax(scores[left], dim=1, keepdim=True)
+        value = part.gather(1, best)
+        ahead = (part > value) | ((part == value) & (every < best))
+        belongs = torch.where(ahead, part.exp(), 0.0).sum(1) < rows.top_p[left]
+        tokens[left[belongs]] = best[belongs, 0]
+        left, best = left[~belongs], best[~belongs]
+        scores[left, best[:, 0]] = -torch.inf
     return tokens
 
 

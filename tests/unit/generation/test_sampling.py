@@ -155,3 +155,22 @@ def test_the_mean_surprise_is_the_entropy_and_less_when_sharpened():
     assert abs(surprise() - entropy) < 4 * deviation / math.sqrt(count)
     assert surprise(temperature=0.7) < entropy - 0.05
     assert surprise(top_p=0.9) < entropy - 0.02
+
+
+def test_rejection_draws_what_sorting_draws():
+    """Rows too flat for a few candidates: the same tokens as with the whole order."""
+    logits = 0.5 * torch.randn(200, 900, generator=torch.Generator().manual_seed(2))
+    for top_p in (0.3, 0.9, 0.999):
+        how = rows(range(200), top_p=top_p)
+        scaled = torch.log_softmax(logits.double(), 1)
+        values, ids = torch.sort(scaled, dim=1, descending=True, stable=True)
+        keep = values.exp().cumsum(1) - values.exp() < top_p
+        noise = gumbel_noise(how.seeds, how.positions, ids)
+        best = torch.where(keep, values + noise, -torch.inf).argmax(1, keepdim=True)
+        assert torch.equal(draw_tokens(logits, how)[0], ids.gather(1, best)[:, 0])
+        limited = rows(range(200), top_p=top_p, top_k=300)
+        ranks = torch.arange(900)
+        mass = values[:, :300].exp().sum(1, keepdim=True)
+        keep = (values.exp().cumsum(1) - values.exp() < top_p * mass) & (ranks < 300)
+        best = torch.where(keep, values + noise, -torch.inf).argmax(1, keepdim=True)
+        assert torch.equal(draw_tokens(logits, limited)[0], ids.gather(1, best)[:, 0])
