@@ -32,7 +32,7 @@ from forgetscale.config import (
     SsuMethodConfig,
 )
 from forgetscale.methods import METHODS
-from forgetscale.ops.losses import LOSSES, loss_needs, cross_entropy, entropy_weighted_loss
+from forgetscale.ops.losses import LOSSES, cross_entropy, entropy_weighted_loss, loss_needs
 
 CONFIGS = {
     "sft": SftMethodConfig(),
