@@ -435,11 +435,14 @@ def test_signal_stops_all_ranks_with_a_checkpoint(ranks: RankServer, runs: Runs,
     assert_equal_runs(folder_of(recipe), runs.get("ssu", 2))
 
 
-def test_signal_in_the_last_step_finishes(ranks: RankServer, runs: Runs):
+def test_signal_in_the_last_step_leaves_the_export_to_the_next_start(ranks: RankServer, runs: Runs):
     recipe = runs.recipe("signal-last", SSU)
-    ranks.must(
+    outcome = ranks.run(
         "crash:train_and_signal", 1, recipe=recipe, step=6, rank=0, number=int(signal.SIGUSR1)
     )
+    assert outcome.codes == [75] and "during the export" in outcome.logs[0]
+    assert not (folder_of(recipe) / "export").exists()
+    ranks.must("training:command", 1, recipe=recipe)
     assert_equal_runs(folder_of(recipe), runs.get("ssu", 1))
 
 
