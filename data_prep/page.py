@@ -8,22 +8,13 @@ from html import escape
 from pathlib import Path
 
 from forgetscale.evaluation.report.style import STYLE
+from forgetscale.evaluation.report.tables import table as html_table
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """Return a table of text cells; the first ``left`` columns are words, the others numbers."""
-
-    def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{'' if index < left else ' class=num'}>{escape(cell)}</{tag}>"
-            for index, cell in enumerate(row)
-        )
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    words = [[escape(cell) for cell in row] for row in rows]
+    return html_table([escape(cell) for cell in head], words, left=left)
 
 
 def section(title: str, body: str, note: str = "") -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from forgetscale.analysis.landscape_numbers import envelope
 from forgetscale.evaluation.report.drawing import INK, MUTED, axis_labels, new_figure, to_svg
 from forgetscale.evaluation.report.style import STYLE
+from forgetscale.evaluation.report.tables import table
 
 CONFLICT = "#c2410c"
 _COLOURS = {"conflict": CONFLICT, "mastered": "#0072b2", "uncertain": "#7a4fa3", "open": "#5b6775"}
@@ -69,22 +70,6 @@ def render(data: Mapping[str, Any]) -> str:
 
 def _percent(value: float) -> str:
     return f"{value:.1%}" if value >= 0.001 or value == 0 else "&lt; 0.1%"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Return a table of HTML cells; the first ``left`` columns are words, the others numbers."""
-
-    def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{'' if index < left else ' class=num'}>{cell}</{tag}>"
-            for index, cell in enumerate(row)
-        )
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
 
 
 def _section(title: str, body: str, note: str = "") -> str:
@@ -261,7 +246,7 @@ def _quadrants(data: Mapping[str, Any]) -> str:
         f" (≤ {pilot['entropy']:.2g} nats) and in probability (≤ {pilot['probability']:.2g}), the"
         f" mask of the paper's pilot, have {_percent(pilot['share'])} of the targets in common."
     )
-    return _section("Where targets lie, and what they weigh", _table(head, rows, left=2), note)
+    return _section("Where targets lie, and what they weigh", table(head, rows, left=2), note)
 
 
 def _sources(data: Mapping[str, Any]) -> str:
@@ -279,7 +264,7 @@ def _sources(data: Mapping[str, Any]) -> str:
         ])  # fmt: skip
     head = ["source", "targets", *[f"conflicts, {escape(name)}" for name in names],
             *[f"loss, {escape(name)}" for name in names], "mean gate"]  # fmt: skip
-    return _section("Sources, by their share of conflicts", _table(head, rows))
+    return _section("Sources, by their share of conflicts", table(head, rows))
 
 
 def _moves(data: Mapping[str, Any]) -> str:
@@ -292,7 +277,7 @@ def _moves(data: Mapping[str, Any]) -> str:
     ]
     first, last = (escape(data["models"][at]["name"]) for at in (0, -1))
     head = [f"{first} ↓ {last} →", *names, "targets"]
-    return _section("Where targets went", _table(head, rows))
+    return _section("Where targets went", table(head, rows))
 
 
 def _tokens(data: Mapping[str, Any]) -> str:
@@ -313,7 +298,7 @@ def _tokens(data: Mapping[str, Any]) -> str:
     names = [escape(model["name"]) for model in data["models"]]
     head = ["where", "text and target", "model says", "p of it",
             *[f"p of the target, {name}" for name in names], "entropy", "gate"]  # fmt: skip
-    body = _table(head, rows, left=3).replace("<td>…", '<td class="context">…')
+    body = table(head, rows, left=3).replace("<td>…", '<td class="context">…')
     return _section("Strongest conflicts, one for each sample", body)
 
 
@@ -326,5 +311,5 @@ def _made(data: Mapping[str, Any]) -> str:
     made = data["made_by"]
     rows.append(["made by", escape(" ".join(made["command"]))])
     rows.append(["time", escape(made["time"])])
-    body = _table(["what", "from"], rows, left=2).replace("<table>", '<table class="made">')
+    body = table(["what", "from"], rows, left=2, kind="made")
     return _section("How this was made", body)

@@ -7,6 +7,7 @@ ends, the tokens up to the assistant's turn are forced and sampling goes on.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ class DialogueSettings:
     num_top: int = 0
 
 
-class TurnWriter:
+class TurnWriter(ABC):
     """Tokens to turns: the part that is alike for all ways of writing a dialogue.
 
     Args:
@@ -175,9 +176,9 @@ class TurnWriter:
             return "template_form"
         return None
 
+    @abstractmethod
     def _after_turn(self, turn: Turn, content: str) -> int | None:
         """Go on after a turn, or return None: the dialogue is over."""
-        raise NotImplementedError
 
     def _begin(self, ids: Sequence[int]) -> None:
         """Set the context in which sampling begins."""

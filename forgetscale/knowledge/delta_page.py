@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -15,6 +15,7 @@ from forgetscale.evaluation.report.drawing import (
     to_svg,
 )
 from forgetscale.evaluation.report.style import STYLE
+from forgetscale.evaluation.report.tables import table
 
 _MEASURES = {
     "sum_r": ("sum of |d| / (|source| + eps)", "#d55e00", "o"),
@@ -111,20 +112,6 @@ def _layer_plot(data: Mapping[str, Any]) -> str | None:
     return to_svg(figure, "Share of the most changed elements by layer")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{'' if index == 0 else ' class=num'}>{cell}</{tag}>"
-            for index, cell in enumerate(row)
-        )
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
 def _share_table(data: Mapping[str, Any]) -> str:
     head = ["most changed", "elements"]
     for label, _, _ in _MEASURES.values():
@@ -135,7 +122,7 @@ def _share_table(data: Mapping[str, Any]) -> str:
         for name in _MEASURES:
             cells += [f"<b>{_percent(row[name])}</b>", _percent(null[name])]
         rows.append(cells)
-    return f"<section><h2>Shares of the change</h2>{_table(head, rows)}</section>"
+    return f"<section><h2>Shares of the change</h2>{table(head, rows)}</section>"
 
 
 def _tables(data: Mapping[str, Any]) -> list[str]:
@@ -160,7 +147,7 @@ def _tables(data: Mapping[str, Any]) -> list[str]:
             ]
             for row in data[f"{scope}s"]
         ]
-        found.append(f"<section><h2>By {scope}</h2>{_table(head, rows)}</section>")
+        found.append(f"<section><h2>By {scope}</h2>{table(head, rows)}</section>")
     return found
 
 

@@ -7,6 +7,7 @@ gradients or written to factors touches this rank's slices alone.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,18 @@ def _slice_of(whole: Tensor, shard: ParamShard) -> Tensor:
     return whole.reshape(-1)[shard.start : shard.start + shard.param.numel()].to(shard.param)
 
 
-class _FactorPenalty(Unprotected):
+class _FactorPenalty(Unprotected, ABC):
     """Adds the gradient of a sum over pairs to the factors' gradients."""
 
     def __init__(self, strength: float) -> None:
         self._strength = strength
         self._value = 0.0
 
+    @abstractmethod
     def pull(
         self, pair: AdapterPair, lora_a: Tensor, lora_b: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a pair's value and its gradients by parameter name."""
-        raise NotImplementedError
 
     def transform_gradients(self, shards: ShardSet, step: int) -> None:
         """Add the gradients. Collective."""

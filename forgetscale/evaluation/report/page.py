@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -12,6 +12,7 @@ from forgetscale.evaluation.report.drawing import method_styles
 from forgetscale.evaluation.report.runs import RECALL
 from forgetscale.evaluation.report.safety import safety_tables
 from forgetscale.evaluation.report.style import STYLE
+from forgetscale.evaluation.report.tables import table
 from forgetscale.evaluation.report.words import (
     ability_label,
     headline,
@@ -81,24 +82,6 @@ def _without_status(sentence: str, status: str) -> str:
     return rest[:1].upper() + rest[1:]
 
 
-def _table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, kind: str = ""
-) -> str:
-    """Return a table of HTML cells; the first ``left`` columns are text, the others numbers."""
-
-    def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{'' if index < left else ' class=num'}>{cell}</{tag}>"
-            for index, cell in enumerate(row)
-        )
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{cells(head, "th")}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
 def _method_cell(method: str, styles: Mapping[str, tuple[str, str]]) -> str:
     colour = styles[method][0]
     return f'<span class="dot" style="background:{colour}"></span>{escape(method)}'
@@ -166,7 +149,7 @@ def _key_table(data: Mapping[str, Any]) -> str:
     note = "Before → after adaptation; small: 95% interval."
     if is_matched:
         note += " Runs end at different target perplexity: compare the column at equal perplexity."
-    return f'<section class="key">{_table(head, rows)}<p class="note">{note}</p></section>'
+    return f'<section class="key">{table(head, rows)}<p class="note">{note}</p></section>'
 
 
 _BITS = ("bits_per_byte/target", "bits_per_byte/source")
@@ -250,7 +233,7 @@ def _matched_table(data: Mapping[str, Any]) -> str:
     return (
         f"<section><h2>Matched comparison: {escape(ability_label(ability))}</h2>"
         f"<p>{escape(data['matched_rule'])}{left_out} Means over seeds with 95% t intervals; the"
-        f" last column of each group is paired by seed.</p>{_table(head, rows)}"
+        f" last column of each group is paired by seed.</p>{table(head, rows)}"
         f"{_other_abilities(data, styles)}{_claim_table(data)}</section>"
     )
 
@@ -269,7 +252,7 @@ def _other_abilities(data: Mapping[str, Any], styles: Mapping[str, tuple[str, st
         + [_spread(mean) for means in others.values() for mean in means[entry["method"]]]
         for entry in data["summary"]
     ]
-    return f"<h3>Other abilities at the same points</h3>{_table(head, rows)}"
+    return f"<h3>Other abilities at the same points</h3>{table(head, rows)}"
 
 
 def _claim_table(data: Mapping[str, Any]) -> str:
@@ -290,7 +273,7 @@ def _claim_table(data: Mapping[str, Any]) -> str:
         ]
         for point in claim["points"]
     ]
-    return f"<h3>Claim, point by point: {escape(claim['status'])}</h3>{_table(head, rows)}"
+    return f"<h3>Claim, point by point: {escape(claim['status'])}</h3>{table(head, rows)}"
 
 
 def _yes(value: bool) -> str:
@@ -328,7 +311,7 @@ def _abilities_table(data: Mapping[str, Any]) -> str:
     return (
         "<section><h2>All abilities</h2><p>↓ marks abilities where less is better; a negative"
         " relative change, given for source abilities, is always a loss.</p>"
-        f"{_table(head, rows, left=2)}</section>"
+        f"{table(head, rows, left=2)}</section>"
     )
 
 
@@ -344,7 +327,7 @@ def _mean_changes(data: Mapping[str, Any]) -> dict[tuple[str, str], float]:
 
 def _safety(data: Mapping[str, Any]) -> list[str]:
     return [
-        f"<section><h2>{title}</h2><p>{words}</p>{_table(head, rows)}</section>"
+        f"<section><h2>{title}</h2><p>{words}</p>{table(head, rows)}</section>"
         for title, words, head, rows in safety_tables(data)
     ]
 
@@ -375,7 +358,7 @@ def _runs_table(data: Mapping[str, Any]) -> str:
                 "–" if run["step_seconds"] is None else f"{run['step_seconds']:.3g} s",
             ]
         )
-    return f"<section><h2>Runs</h2>{_table(head, rows, left=2)}</section>"
+    return f"<section><h2>Runs</h2>{table(head, rows, left=2)}</section>"
 
 
 def _how_measured(data: Mapping[str, Any]) -> str:
@@ -424,5 +407,5 @@ def _provenance(data: Mapping[str, Any]) -> str:
     )
     return (
         "<section><h2>Provenance</h2>"
-        f"{_table(['what', 'made by'], rows, left=2, kind='made')}</section>"
+        f"{table(['what', 'made by'], rows, left=2, kind='made')}</section>"
     )

@@ -42,7 +42,7 @@ class FakeDialogue:
         return None if len(self.ids) - 2 == self.length else len(self.ids) - 1
 
     def fail(self, reason):
-        raise NotImplementedError
+        raise AssertionError(f"no turn of the fake fails, got {reason}")
 
     def sample(self) -> Sample:
         chance = number("state", self.sample_id) % 10
