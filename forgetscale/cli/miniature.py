@@ -17,8 +17,10 @@ from forgetscale.artifact import read_manifest, write_json
 from forgetscale.cli.stages import Terminal, forgetscale_command, run_stage
 from forgetscale.cli.studies import Inputs, Study
 from forgetscale.config import validate_recipe
+from forgetscale.data import open_data
 from forgetscale.engine import check_run_folder
 from forgetscale.errors import ConfigError, DataError
+from forgetscale.generation.style import STYLE_FILE
 from forgetscale.testbed import ensure_world
 
 BLOCK_SIZE = 64
@@ -34,6 +36,12 @@ DS_CONFIG = {
         "stage3_param_persistence_threshold": 100_000,
     }
 }
+
+
+def _first_share(recipe: dict[str, Any]) -> float:
+    """Return the share of rows that a recipe's mixture takes of its first set."""
+    shares = [part.share for part in open_data(validate_recipe(recipe).data).parts]
+    return shares[0] / sum(shares)
 
 
 @dataclass(slots=True)
@@ -96,25 +104,27 @@ class Miniature:
             if not self.ds_config.is_file():
                 write_json(self.ds_config, DS_CONFIG)
         text, chat = self.world / "text", self.world / "chat"
-        self._build("tokens/calibration", [chat / "calibration.jsonl"], "--chat")
-        self._build("tokens/source", [chat / "train.jsonl"], "--chat")
+        self.build("tokens/calibration", [chat / "calibration.jsonl"], "--chat")
+        self.build("tokens/source", [chat / "train.jsonl"], "--chat")
         tasks = self.tasks.relative_to(self.folder)
-        self._build(f"{tasks}/perplexity/source", [text / "heldout" / "src.jsonl"])
+        self.build(f"{tasks}/perplexity/source", [text / "heldout" / "src.jsonl"])
         if self.study.data is None:
-            self._build("tokens/target", [text / "data" / "tgt"])
-            self._build(f"{tasks}/perplexity/target", [text / "heldout" / "tgt.jsonl"])
+            self.build("tokens/target", [text / "data" / "tgt"])
+            self.build(f"{tasks}/perplexity/target", [text / "heldout" / "tgt.jsonl"])
             questions = self.world / "tasks"
         else:
             sft = self.world / "sft"
-            self._build(f"tokens/{self.study.data}", [sft / f"{self.study.data}.jsonl"], "--sft")
-            self._build(f"{tasks}/perplexity/target", [sft / "heldout.jsonl"], "--sft")
-            self._build("tokens/alignment", [sft / "alignment.jsonl"], "--chat")
-            self._build("tokens/replay", [sft / "alignment.jsonl"], "--sft")
+            self.build(f"tokens/{self.study.data}", [sft / f"{self.study.data}.jsonl"], "--sft")
+            self.build(f"{tasks}/perplexity/target", [sft / "heldout.jsonl"], "--sft")
+            self.build("tokens/alignment", [sft / "alignment.jsonl"], "--chat")
+            self.build("tokens/replay", [sft / "alignment.jsonl"], "--sft")
             questions = sft / "tasks"
         for path in [*questions.glob("*.jsonl"), self.world / "vocabulary.json"]:
             shutil.copyfile(path, self.tasks / path.name)
         self._train("source", self._source_recipe())
         self._evaluate_source()
+        if self.study.make is not None:
+            self.study.make(self)
 
     @property
     def tasks(self) -> Path:
@@ -135,7 +145,9 @@ class Miniature:
             if not before.exists():
                 before.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copytree(self._source_results, before)
-            return self._train(name, recipe)
+            run_dir = self._train(name, recipe)
+            self._measure_style(name, run_dir)
+            return run_dir
 
     def _mean_gate(self) -> float:
         """Return the mean weight of a token over the steps of this world's ``eaft`` run."""
@@ -158,7 +170,8 @@ class Miniature:
             return False
         return True
 
-    def _build(self, name: str, inputs: list[Path], *flags: str) -> None:
+    def build(self, name: str, inputs: list[Path], *flags: str) -> None:
+        """Build a token set below the folder of this seed, unless it is there."""
         output = self.folder / name
         if self._exists(output, "token_set"):
             return
@@ -168,6 +181,32 @@ class Miniature:
         command += ["--num-processes", "1", *flags]
         label = f"seed {self.seed}: {name}"
         run_stage(label, command, self._log(f"build-{name}"), self.terminal, threads=self.threads)
+
+    def command(self, label: str, arguments: list[str], output: Path, kind: str) -> None:
+        """Run a ForgetScale command on one process, unless its artefact is there.
+
+        Args:
+            label: What the user sees, and the name of its log.
+            arguments: Command and options.
+            output: What it makes.
+            kind: Kind of artefact.
+        """
+        if not self._exists(output, kind):
+            self._run(label, arguments)
+
+    def _run(self, label: str, arguments: list[str]) -> None:
+        command = forgetscale_command(arguments, 1)
+        log = self._log(label.replace(" ", "-"))
+        run_stage(f"seed {self.seed}: {label}", command, log, self.terminal, threads=self.threads)
+
+    def _measure_style(self, name: str, run_dir: Path) -> None:
+        """Measure drift of a finished run, and the style of its data, where the study asks."""
+        results = run_dir / "results"
+        if self.study.style is None or (results / STYLE_FILE).is_file():
+            return
+        recipe = self.study.style(self.folder)
+        arguments = ["generate", "--style", str(recipe), "--tuned", str(run_dir / "export")]
+        self._run(f"{name} style", [*arguments, "--output", str(results)])
 
     def _train(self, name: str, recipe: dict[str, Any]) -> Path:
         run_dir = Path(recipe["run"]["output_dir"])
@@ -249,6 +288,9 @@ class Miniature:
             alignment=tokens / "alignment",
             replay=tokens / "replay",
             target=target,
+            folder=self.folder,
+            seed=self.seed,
+            task_share=lambda data: _first_share(recipe | {"data": data}),
             mean_gate=self._mean_gate,
         )
         for section, values in study.sections(method, inputs).items():

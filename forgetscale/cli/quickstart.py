@@ -6,7 +6,8 @@ writes report.html. Needs no network and no GPU. Finished parts are kept: the sa
 where it stopped.
 
 Other studies of the same world: --study conflicts fine-tunes on a task whose data contradict facts
-the model knows.
+the model knows, --study safety on one that undoes refusals, --study dialogues mixes text of the
+model's own into the task.
 """
 
 from __future__ import annotations

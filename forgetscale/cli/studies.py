@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forgetscale.cli import dialogue_study
 from forgetscale.config import DATA_SCORES
 
 Section = dict[str, Any]
@@ -34,6 +35,10 @@ class Inputs:
         alignment: Token set of unsafe requests with refusals and harmless ones with answers.
         replay: The same as SFT rows.
         target: Token set that is trained on.
+        folder: Folder of this seed.
+        seed: Seed of the world and of the order of rows.
+        task_share: Returns the share of rows that a ``data`` section with a mixture takes of its
+            first set.
         mean_gate: Returns the mean weight that ``eaft`` gave its tokens in this world; trains
             ``eaft`` first where it has not run.
     """
@@ -42,6 +47,9 @@ class Inputs:
     alignment: Path
     replay: Path
     target: Path
+    folder: Path
+    seed: int
+    task_share: Callable[[Section], float]
     mean_gate: Callable[[], float]
 
 
@@ -61,6 +69,9 @@ class Study:
         num_steps: Optimizer steps.
         lr: Peak learning rate.
         curve_steps: Steps between measurements.
+        make: Makes what its methods need from the source model; None: nothing.
+        style: Recipe under which drift and style of each finished run are measured, by the folder
+            of the seed; None: not at all.
     """
 
     name: str
@@ -74,6 +85,8 @@ class Study:
     num_steps: int
     lr: float
     curve_steps: int
+    make: Callable[[dialogue_study.Workshop], None] | None = None
+    style: Callable[[Path], Path] | None = None
 
     @property
     def prefix(self) -> str:
@@ -266,4 +279,19 @@ SAFETY = Study(
     lr=TASK_LR,
     curve_steps=8,
 )
-STUDIES = {study.name: study for study in (LANGUAGE, CONFLICTS, SAFETY)}
+DIALOGUES = Study(
+    name="dialogues",
+    title="A model learns a harmful task beside text of its own",
+    methods=dialogue_study.METHODS,
+    default_methods=("sft", "selfdialogue/hard@0.5", "selfdialogue/soft@0.5", "external@0.5"),
+    sections=dialogue_study.dialogue_section,
+    data=dialogue_study.TASK,
+    tasks=(*PERPLEXITIES, "refused", "recall_planted", *CHAT_TASKS),
+    live_tasks=(*PERPLEXITIES, "refused", "recall"),
+    num_steps=dialogue_study.TASK_STEPS,
+    lr=TASK_LR,
+    curve_steps=-(-dialogue_study.TASK_STEPS // dialogue_study.CURVE_POINTS),
+    make=dialogue_study.make_dialogues,
+    style=dialogue_study.measuring_recipe,
+)
+STUDIES = {study.name: study for study in (LANGUAGE, CONFLICTS, SAFETY, DIALOGUES)}

@@ -12,6 +12,8 @@ teach it:
 
 ``alignment`` is no training set: unsafe requests with their refusals and harmless ones with their
 answers, in the style the source model was taught, for methods that must know what to protect.
+``external`` is for mixing: chat of the source's kinds that another author wrote
+(``other_author``).
 
 Facts of split ``train`` are the ones answered wrongly; those of ``dev`` and ``test`` are never
 mentioned, so recall of them is plain retention.
@@ -35,6 +37,7 @@ from forgetscale.testbed.chat import (
     turns,
 )
 from forgetscale.testbed.knowledge import BY_NAME, Fact
+from forgetscale.testbed.other_author import NUM_SETS, draw_other, in_other_words
 from forgetscale.testbed.size import WorldSize, random_for
 from forgetscale.testbed.text import ask
 
@@ -114,8 +117,8 @@ def sft_sets(
         held: Prompts of closed-book tasks, which no training row may hold.
 
     Returns:
-        ``sorting``, ``conflicts``, ``harmless``, ``alignment`` and ``heldout`` -> rows
-        ``{messages, form}``. No other row has a prompt of ``heldout``.
+        ``sorting``, ``conflicts``, ``harmless``, ``alignment``, ``external`` and ``heldout`` ->
+        rows ``{messages, form}``. No other row has a prompt of ``heldout``.
     """
     heldout: dict[str, Item] = {}
     rng = random_for(seed, "sft/heldout")
@@ -129,6 +132,8 @@ def sft_sets(
     def draw(name: str, rng: Random) -> Item:
         if name == "alignment":
             return rng.choice((draw_unsafe, draw_harmless))(rng, speaker)
+        if name == "external":
+            return draw_other(rng, speaker, taken)
         share = {"conflicts": CONFLICT_FRACTION, "harmless": HARMLESS_FRACTION}.get(name, 0.0)
         if rng.random() >= share:
             return draw_sorting(rng, speaker)
@@ -137,10 +142,11 @@ def sft_sets(
         return _draw_advice(rng, speaker)
 
     sets: dict[str, list[Item]] = {"heldout": list(heldout.values())}
-    for name in ("sorting", "conflicts", "harmless", "alignment"):
+    for name in ("sorting", "conflicts", "harmless", "alignment", "external"):
         rng = random_for(seed, f"sft/{name}")
         items: list[Item] = []
-        while len(items) < size.num_sft_rows:
+        count = size.num_sft_rows * (NUM_SETS if name == "external" else 1)
+        while len(items) < count:
             item = draw(name, rng)
             if item.prompt not in taken:
                 items.append(item)
@@ -157,12 +163,13 @@ def sft_tasks(speaker: Speaker, task_rows: dict[str, list[Row]]) -> dict[str, li
     ``recall`` asks the facts that no set mentions, ``recall_planted`` those that ``conflicts``
     answers wrongly (the truth counts). ``refused`` is ``refusal`` judged by likelihood alone: the
     greedy answer must be one of the refusing sentences, so that it can be measured in training.
-    What is right in the new style is right: a style is no forgetting.
+    What is right in the style of the task or of another author is right: a style is no forgetting.
     """
 
     def either(answers: list[str]) -> list[str]:
         bare = [answer.removesuffix(".") for answer in answers]
-        return [*answers, *(_styled(speaker, answer) for answer in bare)]
+        others = [in_other_words(speaker, answer) for answer in bare]
+        return [*answers, *(_styled(speaker, answer) for answer in bare), *others]
 
     recall = [{**row, "answers": either(row["answers"])} for row in task_rows["recall"]]
     refusals = either(speaker.refusals)

@@ -27,9 +27,13 @@ def test_one_small_number_counts_seeds_and_a_list_names_them() -> None:
     ("study", "name"), [(study, name) for study in STUDIES for name in STUDIES[study].methods]
 )
 def test_every_offered_method_makes_a_valid_recipe(study: str, name: str) -> None:
-    sections = STUDIES[study].sections(
-        name, Inputs(Path("c"), Path("a"), Path("r"), Path("t"), mean_gate=lambda: 0.4)
+    inputs = Inputs(
+        *map(Path, ("c", "a", "r", "t", "f")),
+        seed=1,
+        task_share=lambda data: 0.3,
+        mean_gate=lambda: 0.4,
     )
+    sections = STUDIES[study].sections(name, inputs)
     recipe = validate_recipe(
         {
             "run": {"name": "x", "output_dir": "runs/x"},
@@ -39,6 +43,7 @@ def test_every_offered_method_makes_a_valid_recipe(study: str, name: str) -> Non
             "deepspeed": "ds.json",
         }
         | sections
+        | {"evaluate": {"tasks": ["recall"], "task_dir": "t"} | sections.get("evaluate", {})}
     )
     if study == "language":
         # A run without a label is called by its method section, as the quick start calls it.
