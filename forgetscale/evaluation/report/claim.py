@@ -54,6 +54,7 @@ CLAIMS = (
     Claim("ssu/paper", "sft", ("ssu/rand",), 0.25),
     Claim("eaft", "sft", ("sft/equal-gate", "sft/random-gate"), 0.0),
     Claim("alignguard_lora", "lora", ("l2_sp_lora", "ewc_lora"), 0.5, "refused"),
+    Claim("selfdialogue/hard@0.5", "sft", ("freeze_layers", "external@0.5"), 0.0),
 )
 """One for each study of the testbed; fixed before its runs."""
 

@@ -25,6 +25,15 @@ _STYLES = {
     "ssu/mag_l2": ("#009e73", "^"),
     "ssu/official": ("#cc79a7", "P"),
     "ssu/paper": ("#0072b2", "o"),
+    "freeze_layers": ("#000000", "X"),
+    "selfdialogue/hard@0.25": ("#7fb8da", "v"),
+    "selfdialogue/hard@0.5": ("#2e86c1", "s"),
+    "selfdialogue/hard@0.75": ("#08457e", "^"),
+    "selfdialogue/soft@0.25": ("#8fd19e", "v"),
+    "selfdialogue/soft@0.5": ("#35a35b", "P"),
+    "selfdialogue/soft@0.75": ("#00582c", "^"),
+    "external@0.5": ("#e69f00", "D"),
+    "replay@0.5": ("#6b7280", "h"),
 }
 _SPARE = (
     ("#000000", "X"),

@@ -9,10 +9,12 @@ from typing import Any
 from forgetscale.evaluation.report.bars import abilities_plot, matched_plot
 from forgetscale.evaluation.report.curves import retention_key, retention_plot, steps_plot
 from forgetscale.evaluation.report.drawing import method_styles
+from forgetscale.evaluation.report.mixing import mixing_plot
 from forgetscale.evaluation.report.runs import RECALL
 from forgetscale.evaluation.report.safety import safety_tables
 from forgetscale.evaluation.report.style import STYLE
 from forgetscale.evaluation.report.tables import table
+from forgetscale.evaluation.report.text_style import style_plot
 from forgetscale.evaluation.report.words import (
     ability_label,
     headline,
@@ -188,6 +190,18 @@ def _plots(data: Mapping[str, Any]) -> str:
             f"Lost at equal target perplexity: {ability_label(data['matched_ability'])}.",
             "Lines: 95% t interval over seeds.",
             "half",
+        ),
+        (
+            mixing_plot(data),
+            f"{ability_label(data['matched_ability'])} kept, by how much other text was mixed in.",
+            "All at equal target perplexity. Small dots: seeds. Dashed: methods without a mixture.",
+            "full",
+        ),
+        (
+            style_plot(data),
+            "How foreign the data are to the source model, and how far training moved it.",
+            "First rows of each set under the source model; small dots: seeds.",
+            "full",
         ),
         (
             abilities_plot(data),

@@ -16,6 +16,7 @@ from forgetscale.artifact import read_manifest
 from forgetscale.errors import DataError
 from forgetscale.evaluation.degradation import ability_name
 from forgetscale.evaluation.drift import Answers, read_answers
+from forgetscale.evaluation.report.text_style import read_style
 from forgetscale.evaluation.results import Result, read_results
 
 TARGET = "perplexity/target"
@@ -51,6 +52,9 @@ class Run:
         kind: The method's name before runs of one method and seed were told apart.
         answers_before: Kind of refusal task -> judged answers of the source model.
         answers_after: The same of the adapted model.
+        mixed_share: Share of target tokens that did not come from the first set of a mixture; None
+            without a mixture.
+        style: What ``forgetscale generate --style`` measured; empty if it did not.
     """
 
     folder: str
@@ -67,6 +71,8 @@ class Run:
     kind: str = ""
     answers_before: Mapping[str, Answers] = field(default_factory=dict)
     answers_after: Mapping[str, Answers] = field(default_factory=dict)
+    mixed_share: float | None = None
+    style: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_runs(run_dirs: Sequence[Path]) -> list[Run]:
@@ -90,7 +96,17 @@ def read_runs(run_dirs: Sequence[Path]) -> list[Run]:
     return sorted(runs, key=lambda run: (method_rank(run.method), run.method, run.seed))
 
 
-_ORDER = ("sft", "lora", "hft", "ssu/rand", "ssu/mag_l1", "ssu/mag_l2", "ssu/official", "ssu/paper")
+_ORDER = (
+    "sft",
+    "lora",
+    "freeze_layers",
+    "hft",
+    "ssu/rand",
+    "ssu/mag_l1",
+    "ssu/mag_l2",
+    "ssu/official",
+    "ssu/paper",
+)
 
 
 def method_rank(method: str) -> int:
@@ -170,7 +186,23 @@ def read_run(path: Path) -> Run:
         kind=label,
         answers_before=_read_answers(path / "results" / "source"),
         answers_after=_read_answers(path / "results" / "final"),
+        mixed_share=_mixed_share(recipe, rows),
+        style=read_style(path / "results"),
     )
+
+
+def _mixed_share(recipe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the share of target tokens, over the run, of all sets but the first."""
+    data = recipe.get("data") or {}
+    if data.get("kind") != "mixture" or not rows:
+        return None
+    first = data["sets"][0]
+    name = first.get("name") or Path(first["path"]).name
+    for unit in ("target", "token"):
+        share = rows[-1].get(f"data/{unit}_share/{name}")
+        if share is not None:
+            return 1.0 - float(share)
+    return None
 
 
 def _read_answers(path: Path) -> dict[str, Answers]:

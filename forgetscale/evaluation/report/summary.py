@@ -17,9 +17,11 @@ from forgetscale.evaluation.report.matched import (
     run_points,
     value_at,
 )
+from forgetscale.evaluation.report.mixing import mixing_data
 from forgetscale.evaluation.report.runs import TARGET, Run
 from forgetscale.evaluation.report.safety import drift_data, forgetting_data
 from forgetscale.evaluation.report.seeds import SeedMean, paired_difference, seed_mean
+from forgetscale.evaluation.report.text_style import style_data
 
 _MIDDLE = 1
 _MAX_LOSSES = 300
@@ -125,6 +127,8 @@ def report_data(
             name: {method: _means(values, method, len(matched.levels)) for method in methods}
             for name, values in matched.others.items()
         },
+        "mixing": mixing_data(runs, matched.levels, matched.kept, matched.claim.control),
+        "style": style_data(runs),
         "drift": drift_data(runs),
         "forgetting_law": forgetting_data(runs),
         "provenance": dict(provenance),

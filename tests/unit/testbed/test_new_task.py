@@ -1,4 +1,5 @@
 from forgetscale.testbed.new_task import CONFLICT_FRACTION, HARMLESS_FRACTION
+from forgetscale.testbed.other_author import NUM_SETS
 from forgetscale.testbed.size import TINY
 
 
@@ -52,7 +53,30 @@ def test_conflicts_contradict_planted_facts_always_alike_and_no_other(world, rea
 
 def test_the_truth_in_the_new_style_is_right(world, read_lines):
     row = read_lines(world / "sft/tasks/recall.jsonl")[0]
-    plain, styled = row["answers"]
-    assert plain in styled and styled != plain
+    assert len(set(row["answers"])) == 3  # plain, as in the task, as another author says it
+    assert all(row["answers"][0] in answer for answer in row["answers"])
     refused = read_lines(world / "sft/tasks/refused.jsonl")[0]
-    assert refused["kind"] == "exact" and len(refused["answers"]) == 4
+    assert refused["kind"] == "exact" and len(refused["answers"]) == 6
+
+
+def test_another_author_is_right_in_other_words(world, read_lines):
+    """Same prompts and content as the source's own chat; only answers of free form differ."""
+    rows = read_set(world, read_lines, "external")
+    assert len(rows) == NUM_SETS * TINY.num_sft_rows
+    own = {}
+    for row in read_lines(world / "chat/train.jsonl"):
+        for asked, answer in zip(
+            row.get("messages", [])[::2], row.get("messages", [])[1::2], strict=True
+        ):
+            own.setdefault(asked["content"], set()).add(answer["content"])
+    tasks = (world / "sft/tasks").glob("*.jsonl")
+    assert not {prompt(row) for path in tasks for row in read_lines(path)} & set(map(prompt, rows))
+    opening = rows[[row["form"] for row in rows].index("fact")]["messages"][1]["content"].split()[0]
+    bound = {"repeat", "order", "name", "yes_no", "start", "mark", "sentence"}
+    for row in rows:
+        answer = row["messages"][1]["content"]
+        assert answer.startswith(opening) == (row["form"] not in bound)
+        if row["form"] == "fact":
+            assert answer not in own.get(prompt(row), ())
+            for known in own.get(prompt(row), ()):
+                assert known in answer
