@@ -3,6 +3,7 @@
 The engine's step, as pseudo-code::
 
     plan = method.prepare(calibration)            # once, on a fresh run
+    method.start(shards)                          # once, on a fresh run
     for step in 1..num_steps:
         for micro_batch in step:                  # loss: sums over positions
             backward(loss(logits, labels) / global target tokens)
@@ -106,6 +107,10 @@ class Calibration(Protocol):
     """``run.seed``, for methods that draw at random."""
     peak_lr: float
     """``optim.lr``."""
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterPair]:
+        """Return adapted matrix -> its factors as in training; empty without an adapter."""
 
     @property
     def num_blocks(self) -> int:
@@ -231,6 +236,9 @@ class Method(Protocol):
     loss: LossFunction
     """Sum over positions, ``[N, V], [N] -> []`` fp32: the recipe's ``method.loss``."""
 
+    def start(self, shards: ShardSet) -> None:
+        """Edit ``param`` of trained slices in place before the first step of a fresh run."""
+
     def transform_gradients(self, shards: ShardSet, step: int) -> None:
         """Edit ``grad`` of the slices in place."""
 
@@ -246,6 +254,7 @@ class Method(Protocol):
 
 EDITS_GRADIENTS = "transform_gradients"
 EDITS_PARAMS = "after_step"
+EDITS_START = "start"
 
 
 def overrides(method: Method, hook: str) -> bool:
@@ -253,7 +262,7 @@ def overrides(method: Method, hook: str) -> bool:
 
     Args:
         method: The method.
-        hook: ``EDITS_GRADIENTS`` or ``EDITS_PARAMS``.
+        hook: ``EDITS_GRADIENTS``, ``EDITS_PARAMS`` or ``EDITS_START``.
     """
     return getattr(type(method), hook) is not getattr(Unprotected, hook)
 
@@ -267,6 +276,9 @@ class Unprotected:
     def prepare(self, calibration: Calibration) -> FreezePlan | None:
         """Freeze nothing."""
         return None
+
+    def start(self, shards: ShardSet) -> None:
+        """Leave the first values alone."""
 
     def transform_gradients(self, shards: ShardSet, step: int) -> None:
         """Leave the gradients alone."""

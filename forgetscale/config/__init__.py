@@ -72,9 +72,12 @@ from forgetscale.config.methods import (
     SsuMethodConfig,
 )
 from forgetscale.config.neighbours import (
+    AsftLoraMethodConfig,
     CloraMethodConfig,
+    LoraNullMethodConfig,
     OloraMethodConfig,
     OploraMethodConfig,
+    SaloraMethodConfig,
 )
 from forgetscale.config.recipe import (
     EvaluateConfig,
@@ -87,6 +90,9 @@ from forgetscale.config.recipe import (
 
 __all__ = [
     "AlignguardLoraMethodConfig",
+    "AsftLoraMethodConfig",
+    "LoraNullMethodConfig",
+    "SaloraMethodConfig",
     "CollisionConfig",
     "EwcLoraMethodConfig",
     "CloraMethodConfig",

@@ -20,6 +20,9 @@ ADAPTED_METHODS = (
     "olora",
     "clora",
     "oplora",
+    "asft_lora",
+    "salora",
+    "lora_null",
 )
 """Values of ``method.kind`` that can be trained through an adapter."""
 REQUIRED_ADAPTERS = {
@@ -30,6 +33,9 @@ REQUIRED_ADAPTERS = {
     "olora": ("lora",),
     "clora": ("lora",),
     "oplora": ("lora",),
+    "asft_lora": ("lora",),
+    "salora": ("lora",),
+    "lora_null": ("lora",),
 }
 """Methods that edit factors -> kinds of adapter they can do it with."""
 Targets = Literal["all-linear"] | tuple[str, ...]

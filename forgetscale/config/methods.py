@@ -23,9 +23,12 @@ from forgetscale.config.anchored import (
 from forgetscale.config.calibration import CalibrationConfig
 from forgetscale.config.losses import CrossEntropyLossConfig, LossConfig
 from forgetscale.config.neighbours import (
+    AsftLoraMethodConfig,
     CloraMethodConfig,
+    LoraNullMethodConfig,
     OloraMethodConfig,
     OploraMethodConfig,
+    SaloraMethodConfig,
 )
 from forgetscale.config.ranges import STRICT, require, require_fraction
 
@@ -324,6 +327,9 @@ MethodConfig = Annotated[
     | L2SpLoraMethodConfig
     | OloraMethodConfig
     | CloraMethodConfig
-    | OploraMethodConfig,
+    | OploraMethodConfig
+    | AsftLoraMethodConfig
+    | SaloraMethodConfig
+    | LoraNullMethodConfig,
     Discriminator("kind"),
 ]

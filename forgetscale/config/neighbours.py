@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict
 
 from forgetscale.config.anchored import require_strength
+from forgetscale.config.calibration import CalibrationConfig
 from forgetscale.config.losses import CrossEntropyLossConfig, LossConfig
 from forgetscale.config.ranges import STRICT, require
 
@@ -76,3 +77,79 @@ class OploraMethodConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         require(self.num_directions > 0, f"num_directions must be > 0, got {self.num_directions}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AsftLoraMethodConfig:
+    """AsFT: the update stays inside the directions that alignment moved the weights along.
+
+    With ``V = W_aligned - W_base`` the penalty is ``strength ||(I - C) dW||^2`` on the output side.
+    AlignGuard believes the opposite: it keeps updates outside of sensitive directions.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["asft_lora"]
+    base: Path
+    """Folder of the model before it was aligned, of the same shapes as ``model.path``."""
+    loss: LossConfig = CrossEntropyLossConfig()
+    """What is minimised; any loss goes with any protection."""
+    strength: float = 1.0
+    """Weight of the penalty, >= 0."""
+    form: Literal["published", "exact"] = "published"
+    """``published``: ``C = V V^T / ||V||``, which is no projector, on ``B A`` without the adapter's
+    scale, as the code does; ``exact``: the projector onto the kept directions, on ``s B A``."""
+    num_directions: int | None = None
+    """Leading directions of each ``V`` that are kept, > 0; None keeps all. ``exact`` needs fewer
+    than a matrix has outputs, or nothing is left to penalise."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_strength("strength", self.strength)
+        require(
+            self.num_directions is None or self.num_directions > 0,
+            f"num_directions must be > 0, got {self.num_directions}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaloraMethodConfig:
+    """SaLoRA (arXiv:2501.01765): the update does not reach what a layer says to safety data.
+
+    The update is ``(I - U U^T) s B A`` with ``U`` the leading directions of ``W0 X`` over the
+    calibration data. The task-informed start of the paper is not built: factors start as LoRA's.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["salora"]
+    calibration: CalibrationConfig
+    """Safety data: unsafe prompts with refusals."""
+    loss: LossConfig = CrossEntropyLossConfig()
+    """What is minimised; any loss goes with any protection."""
+    num_directions: int = 16
+    """Directions of each layer's outputs that stay, > 0; at most half of its outputs are taken."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.num_directions > 0, f"num_directions must be > 0, got {self.num_directions}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraNullMethodConfig:
+    """LoRA-Null: ``A`` starts as the input directions that source data hardly use.
+
+    The second published variant: ``A`` are the weakest eigenvectors of the inputs' second moment,
+    ``B`` is zero and the source weight stays whole. The first one moves a part of the source weight
+    into the factors, so that the weight beside them would no longer be the source's bits.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["lora_null"]
+    calibration: CalibrationConfig
+    """Source data: what must be kept."""
+    loss: LossConfig = CrossEntropyLossConfig()
+    """What is minimised; any loss goes with any protection."""
+    freeze_a: bool = False
+    """Put ``A`` back after every step: the update then never leaves those directions."""

@@ -120,9 +120,10 @@ def check_basis(basis: FisherBasis, model_hash: str, settings: Mapping[str, Any]
             f"{where} was measured on another model (hash {str(found.get('model_hash'))[:12]}, this"
             f" one has {model_hash[:12]}); {again}"
         )
-    if found.get("convention") != CONVENTION:
+    expected = settings.get("convention", CONVENTION)
+    if found.get("convention") != expected:
         raise ConfigError(
-            f"{where} has the convention {found.get('convention')!r}, expected {CONVENTION!r};"
+            f"{where} has the convention {found.get('convention')!r}, expected {expected!r};"
             f" {again}"
         )
     made = found.get("settings", {})

@@ -15,6 +15,7 @@ from forgetscale.config import CalibrationConfig
 from forgetscale.data import TokenSet, TrainingData, calibration_rows
 from forgetscale.engine.labelled import LabelledRows
 from forgetscale.errors import ConfigError, DataError
+from forgetscale.masks import AdapterPair
 from forgetscale.models import CausalLMWithLoss
 from forgetscale.ops import IGNORE_INDEX
 from forgetscale.ops.documents import packed_labels
@@ -48,6 +49,7 @@ class SourceCalibration:
         open_set: Opens a token set of the model's tokenizer.
         build_training: Builds the engine with an optimizer. Collective.
         keep_basis: See ``forgetscale.api.Calibration.settle_basis``. Collective.
+        adapters: See ``forgetscale.api.Calibration``.
     """
 
     structure: nn.Module
@@ -65,6 +67,7 @@ class SourceCalibration:
     open_set: Callable[[CalibrationConfig], TokenSet]
     build_training: Callable[[], ZeroEngine]
     keep_basis: Callable[[Path | None, Mapping[str, Any], Callable[[], MeasuredBasis]], FisherBasis]
+    adapters: Mapping[str, AdapterPair] = field(default_factory=dict)
     _engine: ZeroEngine | None = field(default=None, init=False)
     _used_target: bool = field(default=False, init=False)
 

@@ -14,6 +14,7 @@ from forgetscale.api import EDITS_GRADIENTS, Method, overrides
 from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import open_data, open_stream
+from forgetscale.engine.adapters import find_adapters
 from forgetscale.engine.estimate import MemoryEstimate, estimate_memory, trace_recipe
 from forgetscale.engine.extras import open_extras
 from forgetscale.engine.flops import model_flops_per_token
@@ -21,7 +22,7 @@ from forgetscale.engine.loop import accumulate, count_targets
 from forgetscale.engine.memory.protection import protection_bytes
 from forgetscale.engine.metrics import memory_bytes
 from forgetscale.engine.micro_batches import batches_of
-from forgetscale.engine.protection import Protection, adapted, find_adapters
+from forgetscale.engine.protection import Protection, adapted
 from forgetscale.engine.run import num_train_steps
 from forgetscale.engine.stand_in import assume_plan
 from forgetscale.engine.start import open_source, plan_layout, start_engine

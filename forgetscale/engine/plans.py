@@ -20,6 +20,7 @@ from forgetscale.data import (
     open_data,
     require_same_tokenizer,
 )
+from forgetscale.engine.adapters import find_adapters
 from forgetscale.engine.bases import settle_basis
 from forgetscale.engine.calibration import SourceCalibration
 from forgetscale.engine.metrics import RunLog
@@ -91,6 +92,7 @@ def calibration_for(
         open_set=partial(_open_set, recipe),
         build_training=lambda: start_engine(recipe, world, source, plan=None, training=True),
         keep_basis=partial(settle_basis, recipe, world, source.content_hash),
+        adapters=find_adapters(recipe, source.skeleton),
     )
 
 

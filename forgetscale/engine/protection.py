@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from forgetscale.api import Method
 from forgetscale.config import Recipe
+from forgetscale.engine.adapters import find_adapters
 from forgetscale.engine.metrics import RunLog
 from forgetscale.engine.plans import settle_plan
 from forgetscale.engine.start import SourceModel
 from forgetscale.errors import ConfigError
 from forgetscale.masks import AdapterPair, FreezePlan, factor_shapes
-from forgetscale.models import adapter_pairs
 from forgetscale.zero3 import World
 
 
@@ -55,29 +54,6 @@ class Protection:
             return f"model: {total:,} parameters, all trained"
         frozen = self.plan.num_frozen(shapes)
         return f"model: {total:,} parameters, {frozen:,} frozen ({frozen / total:.1%})"
-
-
-def find_adapters(recipe: Recipe, skeleton: Any) -> dict[str, AdapterPair]:
-    """Return the factor pairs that the recipe asks for, {} without an adapter.
-
-    Args:
-        recipe: Resolved recipe.
-        skeleton: Source model on the meta device.
-
-    Raises:
-        ConfigError: ``adapter.target_modules`` fits no layer, or the rank is too large.
-    """
-    section = recipe.adapter
-    if section is None:
-        return {}
-    return adapter_pairs(
-        skeleton,
-        section.target_modules,
-        rank=section.rank,
-        scale=section.scale,
-        dropout=section.dropout,
-        has_values=section.kind == "svd",
-    )
 
 
 def adapted(

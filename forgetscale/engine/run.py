@@ -8,7 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-from forgetscale.api import Method
+from forgetscale.api import EDITS_START, Method, overrides
 from forgetscale.checkpoint import CheckpointStore, RunState, export_adapter, export_model
 from forgetscale.config import Recipe, recipe_dict
 from forgetscale.config.deepspeed import accumulation_steps
@@ -76,6 +76,9 @@ def train(
     output = recipe.run.output_dir
     store = open_store(recipe, world, log)
     state = _resume(recipe, world, store, engine, method, kept, data, source, audit, log)
+    if state.step == 0 and overrides(method, EDITS_START):
+        method.start(engine.shards)
+        engine.shards.write_params()
     world.on_main(lambda: _keep_records(recipe, data))
     mask = recipe.data.document_mask
     num_steps = num_train_steps(recipe, data.targets_per_row(document_mask=mask))

@@ -20,7 +20,7 @@ from forgetscale.data import TrainingData
 from forgetscale.engine.calibration import COUNTED_ROWS
 from forgetscale.engine.plans import PLAN_FOLDER
 from forgetscale.errors import DataError
-from forgetscale.masks import FreezePlan, load_plan
+from forgetscale.masks import AdapterPair, FreezePlan, load_plan
 from forgetscale.ops.losses import LossFunction
 from forgetscale.projections.basis import FisherBasis, MeasuredBasis
 
@@ -51,6 +51,11 @@ class ShapesOnly:
     @property
     def num_blocks(self) -> int:
         """Refuse: there is no source data."""
+        self._refuse()
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterPair]:
+        """Refuse: what methods do with factors needs weights."""
         self._refuse()
 
     def named_modules(self) -> Mapping[str, nn.Module]:

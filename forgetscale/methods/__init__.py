@@ -18,6 +18,7 @@ from forgetscale.methods.neighbours import Clora, Olora, Oplora
 from forgetscale.methods.s2ft import S2ft
 from forgetscale.methods.sft import Sft
 from forgetscale.methods.ssu import Ssu
+from forgetscale.methods.subspaces import AsftLora, LoraNull, Salora
 from forgetscale.ops.losses import make_loss
 
 _PROTECTIONS: Mapping[str, Callable[[Any], Unprotected]] = {
@@ -41,6 +42,9 @@ _PROTECTIONS: Mapping[str, Callable[[Any], Unprotected]] = {
     "olora": Olora,
     "clora": Clora,
     "oplora": Oplora,
+    "asft_lora": AsftLora,
+    "salora": Salora,
+    "lora_null": LoraNull,
 }
 
 

@@ -31,8 +31,12 @@ def _slice_of(whole: Tensor, shard: ParamShard) -> Tensor:
     return whole.reshape(-1)[shard.start : shard.start + shard.param.numel()].to(shard.param)
 
 
-class _FactorPenalty(Unprotected, ABC):
-    """Adds the gradient of a sum over pairs to the factors' gradients."""
+class FactorPenalty(Unprotected, ABC):
+    """Adds the gradient of a sum over pairs to the factors' gradients.
+
+    Args:
+        strength: Weight of the sum, >= 0.
+    """
 
     def __init__(self, strength: float) -> None:
         self._strength = strength
@@ -64,7 +68,7 @@ class _FactorPenalty(Unprotected, ABC):
         return {"penalty": self._value}
 
 
-class Olora(_FactorPenalty):
+class Olora(FactorPenalty):
     """Keep ``A`` off the rows of earlier tasks' ``A``.
 
     Args:
@@ -127,7 +131,7 @@ def read_factors_a(directory: Path) -> dict[str, Tensor]:
     return found
 
 
-class Clora(_FactorPenalty):
+class Clora(FactorPenalty):
     """Keep both factors off fixed random directions.
 
     Args:

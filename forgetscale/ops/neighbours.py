@@ -224,6 +224,56 @@ def salora_basis(
     return top_directions(weight @ inputs, k)[0]
 
 
+def response_basis(
+    weight: Float[Tensor, "O I"], second_moment: Float[Tensor, "I I"], k: int
+) -> tuple[Float[Tensor, "O k"], Float[Tensor, " k"]]:
+    """Return what ``salora_basis`` does, from the inputs' second moment instead of the inputs.
+
+    Args:
+        weight: ``W0``.
+        second_moment: ``X X^T`` or its mean over inputs.
+        k: How many, in 1..O.
+
+    Returns:
+        Leading eigenvectors of ``W0 X X^T W0^T``, each with the sign that makes its largest entry
+        positive, and their eigenvalues.
+
+    Raises:
+        ValueError: ``k`` is outside 1..O.
+    """
+    if not 1 <= k <= weight.shape[0]:
+        raise ValueError(f"k must lie in 1..{weight.shape[0]}, got {k}")
+    values, vectors = torch.linalg.eigh(weight @ second_moment @ weight.t())
+    return _signed(vectors.flip(1)[:, :k]), values.flip(0)[:k].clamp_min(0)
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    """Return columns with a sign of their own, whatever the library chose."""
+    largest = vectors.abs().argmax(0, keepdim=True)
+    return vectors * torch.where(vectors.gather(0, largest) < 0, -1.0, 1.0).to(vectors)
+
+
+def weakest_directions(
+    second_moment: Float[Tensor, "I I"], k: int
+) -> tuple[Float[Tensor, "I k"], Float[Tensor, " k"]]:
+    """Return the input directions that source data use least (LoRA-Null), the weakest first.
+
+    Args:
+        second_moment: ``E[a a^T]`` of a layer's inputs.
+        k: How many, in 1..I.
+
+    Returns:
+        Orthonormal directions and the mean squares of the inputs along them.
+
+    Raises:
+        ValueError: ``k`` is outside 1..I.
+    """
+    if not 1 <= k <= second_moment.shape[0]:
+        raise ValueError(f"k must lie in 1..{second_moment.shape[0]}, got {k}")
+    values, vectors = torch.linalg.eigh(second_moment)
+    return _signed(vectors[:, :k]), values[:k].clamp_min(0)
+
+
 def lora_null_init(
     weight: Float[Tensor, "O I"], second_moment: Float[Tensor, "I I"], rank: int
 ) -> tuple[Float[Tensor, "r I"], Float[Tensor, "O r"], Float[Tensor, "O I"]]:

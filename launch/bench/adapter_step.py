@@ -22,7 +22,8 @@ from measure import keep, make_model, make_tokens, spread, training_recipe
 
 from forgetscale.config import Recipe, recipe_dict, validate_recipe
 from forgetscale.data import open_stream
-from forgetscale.engine.protection import adapted, find_adapters
+from forgetscale.engine.adapters import find_adapters
+from forgetscale.engine.protection import adapted
 from forgetscale.engine.start import SourceModel, open_source, start_engine
 from forgetscale.zero3 import World, ZeroEngine, start_world, stop_world
 

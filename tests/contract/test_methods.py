@@ -38,6 +38,9 @@ SETTINGS = {
     "olora": {"kind": "olora"},
     "clora": {"kind": "clora", "num_directions": 3},
     "oplora": {"kind": "oplora", "num_directions": 3},
+    "asft_lora": {"kind": "asft_lora", "strength": 0.05, "form": "exact", "num_directions": 3},
+    "salora": {"kind": "salora", "num_directions": 5},
+    "lora_null": {"kind": "lora_null"},
 }
 LORA = {"adapter": {"kind": "lora", "rank": 4, "alpha": 16}}
 CHANGES: dict[str, dict] = {
@@ -49,6 +52,9 @@ CHANGES: dict[str, dict] = {
     "olora": LORA,
     "clora": LORA,
     "oplora": LORA,
+    "asft_lora": LORA,
+    "salora": LORA,
+    "lora_null": LORA,
 }
 """What else the recipe of a method needs; methods with an adapter train its factors."""
 NEUTRAL = {
@@ -76,6 +82,11 @@ NEUTRAL = {
     "clora": {"kind": "clora", "strength": 0.0},
     # At least one direction of every matrix stays.
     "oplora": None,
+    "asft_lora": {"kind": "asft_lora", "strength": 0.0},
+    # At least one direction of every layer's outputs stays.
+    "salora": None,
+    # Factors start elsewhere.
+    "lora_null": None,
 }
 DRAWS = {"hft", "s2ft"}
 """Methods whose plan is drawn by ``run.seed``; other plans are measured."""
@@ -163,7 +174,7 @@ def test_frozen_bits_with_decay(runs: Runs, method: str, size: int):
 def test_neutral_setting_is_sft(runs: Runs, method: str):
     settings = NEUTRAL[method]
     if settings is None:
-        assert method in ("s2ft", "osf", "oplora")
+        assert method in ("s2ft", "osf", "oplora", "salora", "lora_null")
         return
     norm = 1e6 if method == "gmt_official" else 0.5
     neutral, sft = (

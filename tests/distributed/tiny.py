@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -33,6 +34,8 @@ from forgetscale.data import (
 VOCAB_SIZE = 67
 BLOCK_SIZE = 24
 FISHER_METHODS = ("ewc", "online_ewc", "alignguard", "ewc_lora", "alignguard_lora")
+DATA_METHODS = (*FISHER_METHODS, "salora", "lora_null")
+"""Methods that are given the calibration data unless a test says otherwise."""
 SIZES = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 35,
@@ -98,6 +101,24 @@ def set_rows(*, rows: int = 40, seed: int = 1) -> np.ndarray:
     return np.minimum(generator.geometric(0.06, (rows, BLOCK_SIZE)) + 2, VOCAB_SIZE - 1)
 
 
+def make_base(folder: Path) -> Path:
+    """Write the model that the tiny world's was before alignment, if it is not there yet."""
+    base = folder / "base"
+    if base.is_dir():
+        return base
+    weights = safetensors.torch.load_file(folder / "model" / "model.safetensors")
+    generator = np.random.default_rng(31)
+    for name, value in weights.items():
+        if "_proj" in name:
+            left, right = (generator.standard_normal((size, 3)) for size in value.shape)
+            weights[name] = value - 0.02 * torch.from_numpy(left @ right.T).to(value)
+    base.mkdir()
+    for file in ("config.json", "generation_config.json"):
+        (base / file).write_bytes((folder / "model" / file).read_bytes())
+    safetensors.torch.save_file(weights, base / "model.safetensors", {"format": "pt"})
+    return base
+
+
 def make_set(directory: Path, model: Path, *, rows: int = 40, seed: int = 1) -> Path:
     """Write a token set of skewed random tokens."""
     write_token_set(
@@ -155,11 +176,13 @@ def base_recipe(folder: Path, name: str, **method: object) -> dict:
     """Return a recipe for the tiny world below ``folder`` (model/, data/, calibration/)."""
     method = method or {"kind": "sft"}
     scored = method["kind"] == "ssu" and method.get("score", "paper") in DATA_SCORES
-    if scored or (method["kind"] in FISHER_METHODS and "basis" not in method):
+    if scored or (method["kind"] in DATA_METHODS and "basis" not in method):
         method.setdefault(
             "calibration",
             {"path": str(folder / "calibration"), "num_blocks": 7, "micro_batch_size": 2},
         )
+    if method["kind"] == "asft_lora":
+        method.setdefault("base", str(make_base(folder)))
     return {
         "run": {"name": name, "output_dir": str(folder / name), "seed": 3},
         "model": {"path": str(folder / "model"), "dtype": "float32"},

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgetscale.config import STRUCTURES_OF, Recipe
+from forgetscale.engine.adapters import find_adapters
 from forgetscale.engine.memory.state import DTYPE_BYTES, Shapes
 
 FLOAT = 4
 ADAPTER_KINDS = ("alignguard_lora", "ewc_lora", "l2_sp_lora")
 """Methods that hold an adapter's update, which starts at zero: they keep no anchor."""
+
+FACTOR_SIDES = ("asft_lora", "salora", "lora_null")
+"""Methods that keep directions of one side of every adapted matrix, whole on every rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,8 @@ def protection_bytes(
     """
     method: Any = recipe.method
     kind = method.kind
+    if kind in FACTOR_SIDES:
+        return _factor_sides(recipe, structure)
     if kind not in ("l2_sp", "ewc", "online_ewc", "alignguard", "osf", *ADAPTER_KINDS):
         return ProtectionBytes()
     matrices = body_matrices(structure, method.target_modules)
@@ -112,3 +118,18 @@ def protection_bytes(
     mine = sum(basis_bytes(held, part, rank, ranks_of[part]) for part in parts)
     disk = sum(basis_bytes(held, part, rank) for part in {*parts, *method.fisher.structures})
     return ProtectionBytes(anchors, mine, disk)
+
+
+def _factor_sides(recipe: Recipe, structure: Any) -> ProtectionBytes:
+    """Return the bytes of one side's directions of every adapted matrix."""
+    method: Any = recipe.method
+    total = 0
+    for pair in find_adapters(recipe, structure).values():
+        height, width = pair.shape
+        if method.kind == "lora_null":
+            total += FLOAT * width * pair.rank
+        elif method.kind == "salora":
+            total += FLOAT * height * max(1, min(method.num_directions, height // 2))
+        else:
+            total += FLOAT * height * min(height, width, method.num_directions or height)
+    return ProtectionBytes(0, total, 0 if method.kind == "asft_lora" else total)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from forgetscale.config import validate_recipe
-from forgetscale.engine.protection import adapted, find_adapters
+from forgetscale.engine.adapters import find_adapters
+from forgetscale.engine.protection import adapted
 from forgetscale.engine.start import open_source, start_engine
 from forgetscale.zero3 import ZeroEngine
 from tests.distributed.jobs.shards import world

@@ -6,8 +6,9 @@ from typing import Any
 
 from forgetscale.config import validate_recipe
 from forgetscale.data import open_data
+from forgetscale.engine.adapters import find_adapters
 from forgetscale.engine.memory import state_bytes
-from forgetscale.engine.protection import adapted, find_adapters
+from forgetscale.engine.protection import adapted
 from forgetscale.engine.stand_in import assume_plan
 from forgetscale.engine.start import open_source, plan_layout, start_engine
 from forgetscale.methods import METHODS

@@ -8,11 +8,19 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 
-from forgetscale.api import EDITS_GRADIENTS, EDITS_PARAMS, Unprotected, overrides
+from forgetscale.api import (
+    EDITS_GRADIENTS,
+    EDITS_PARAMS,
+    EDITS_START,
+    Unprotected,
+    overrides,
+)
 from forgetscale.config import (
     AdaloraMethodConfig,
     AlignguardLoraMethodConfig,
     AlignguardMethodConfig,
+    AsftLoraMethodConfig,
+    CalibrationConfig,
     CloraMethodConfig,
     EaftLossConfig,
     EwcLoraMethodConfig,
@@ -22,12 +30,14 @@ from forgetscale.config import (
     HftMethodConfig,
     L2SpLoraMethodConfig,
     L2SpMethodConfig,
+    LoraNullMethodConfig,
     LossConfig,
     LotaMethodConfig,
     OloraMethodConfig,
     OploraMethodConfig,
     OsfMethodConfig,
     S2ftMethodConfig,
+    SaloraMethodConfig,
     SftMethodConfig,
     SsuMethodConfig,
 )
@@ -53,16 +63,22 @@ CONFIGS = {
     "olora": OloraMethodConfig(kind="olora"),
     "clora": CloraMethodConfig(kind="clora"),
     "oplora": OploraMethodConfig(kind="oplora"),
+    "asft_lora": AsftLoraMethodConfig(kind="asft_lora", base="base"),
+    "salora": SaloraMethodConfig(kind="salora", calibration=CalibrationConfig(path="x")),
+    "lora_null": LoraNullMethodConfig(kind="lora_null", calibration=CalibrationConfig(path="x")),
     "freeze_layers": FreezeLayersMethodConfig(kind="freeze_layers"),
     "adalora": AdaloraMethodConfig(kind="adalora", target_rank=2, shrink_until_step=9),
 }
 ANCHORED = {"l2_sp", "ewc", "online_ewc", "alignguard", "osf"}
 ANCHORED |= {"alignguard_lora", "ewc_lora", "l2_sp_lora"}
 """Methods that hold weights near their source; their state names what they hold."""
-OWN_STATE = ANCHORED | {"adalora"}
+DIRECTIONS = {"asft_lora", "salora", "lora_null"}
+"""Methods that know directions; their state names them."""
+OWN_STATE = ANCHORED | DIRECTIONS | {"adalora"}
 HOOKS = {"gmt": {EDITS_GRADIENTS, EDITS_PARAMS}, "gmt_official": {EDITS_GRADIENTS}}
 HOOKS |= dict.fromkeys(OWN_STATE | {"olora", "clora"}, {EDITS_GRADIENTS, EDITS_PARAMS})
-HOOKS["oplora"] = {EDITS_PARAMS}
+HOOKS["oplora"] = HOOKS["salora"] = {EDITS_PARAMS}
+HOOKS["lora_null"] = {EDITS_START, EDITS_PARAMS}
 """Hooks a method uses; static plans use none."""
 
 
@@ -80,7 +96,8 @@ def test_plain_loss_and_no_state(kind: str):
         method.load_state_dict({})
         with pytest.raises(ValueError, match="has no state, got"):
             method.load_state_dict({"x": 1})
-    used = {hook for hook in (EDITS_GRADIENTS, EDITS_PARAMS) if overrides(method, hook)}
+    hooks = EDITS_GRADIENTS, EDITS_PARAMS, EDITS_START
+    used = {hook for hook in hooks if overrides(method, hook)}
     assert used == HOOKS.get(kind, set())
 
 
