@@ -67,8 +67,9 @@ class _Products:
                     f" {list(getattr(x, 'shape', ()))}, expected rows and positions first; leave"
                     " this layer out of adapter.target_modules."
                 )
-            rows = x.detach()[self.real].float()
-            product = (rows.t() @ rows).double()
+            # fp64: the weakest directions drown in the rounding of fp32 products.
+            rows = x.detach()[self.real].double()
+            product = rows.t() @ rows
             self.sums[name] = self.sums[name].add_(product) if name in self.sums else product
 
         return add

@@ -54,7 +54,8 @@ CHANGES: dict[str, dict] = {
     "oplora": LORA,
     "asft_lora": LORA,
     "salora": LORA,
-    "lora_null": LORA,
+    # Directions the inputs hardly use: what goes through them is small.
+    "lora_null": {"adapter": {"kind": "lora", "rank": 12, "alpha": 48}, "train.num_steps": 8},
 }
 """What else the recipe of a method needs; methods with an adapter train its factors."""
 NEUTRAL = {
