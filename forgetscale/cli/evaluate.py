@@ -17,7 +17,7 @@ from forgetscale.evaluation import available_tasks
 EXAMPLES = """examples:
   forgetscale evaluate --model runs/a/export --task-dir tasks --output results/a
   deepspeed --num_gpus 8 --module forgetscale evaluate --model runs/a/export --task-dir tasks \\
-      --tasks recall perplexity/target --output results/a
+      --tasks recall perplexity/target lm_eval/belebele --output results/a
 """
 
 
@@ -30,6 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences at once")
     parser.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer"
+    )
+    parser.add_argument(
+        "--allow-code",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="tasks of lm-evaluation-harness whose Python files may be run",
     )
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of the intervals")
 
@@ -45,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
             task_dir=options.task_dir,
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
+            allow_code=tuple(options.allow_code),
         )
     except ValueError as error:
         raise ConfigError(f"{error}.") from error

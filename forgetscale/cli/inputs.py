@@ -7,6 +7,7 @@ from forgetscale.data import TokenSet, open_data, require_same_tokenizer, requir
 from forgetscale.engine.data_state import read_run_skips
 from forgetscale.engine.extras import check_reference
 from forgetscale.errors import ConfigError
+from forgetscale.evaluation.harness import is_harness, read_harness_file
 from forgetscale.evaluation.reuse import is_live_task
 from forgetscale.evaluation.tasks import check_task_names
 from forgetscale.masks import load_plan
@@ -50,8 +51,11 @@ def check_inputs(recipe: Recipe) -> None:
     evaluate = recipe.evaluate
     if evaluate.tasks and evaluate.task_dir is not None:
         check_task_names(evaluate.tasks, evaluate.task_dir)
+        for name in filter(is_harness, evaluate.tasks):
+            read_harness_file(evaluate.task_dir, name, allow_code=evaluate.allow_code)
         for name in evaluate.live_tasks or ():
-            if not is_live_task(name, evaluate.task_dir):
+            # Those of the harness are generated in lock-step where they are named.
+            if not is_harness(name) and not is_live_task(name, evaluate.task_dir):
                 raise ConfigError(
                     f"evaluate.live_tasks: {name!r} needs generated answers and cannot be measured"
                     " during training; name it in evaluate.tasks alone."

@@ -16,10 +16,17 @@ from forgetscale.cli.inputs import check_inputs
 from forgetscale.cli.recipe_options import add_recipe_options, read_recipe, running_world
 from forgetscale.config import EvaluateConfig, Recipe, recipe_dict
 from forgetscale.engine import RunLog, check_run_folder, open_run_folder, train
-from forgetscale.evaluation import LiveEvaluator, ProcessGroupCollective, evaluate_model
+from forgetscale.evaluation import (
+    EvaluationOptions,
+    LiveEvaluator,
+    ProcessGroupCollective,
+    evaluate_model,
+)
+from forgetscale.evaluation.model import model_length
 from forgetscale.evaluation.report import build_report
 from forgetscale.evaluation.reuse import is_live_task, results_match
 from forgetscale.methods import METHODS
+from forgetscale.models import read_model_config
 from forgetscale.zero3 import World, ZeroEngine
 
 EXAMPLES = """examples:
@@ -50,6 +57,14 @@ class _LiveModel:
         nll, best = self._engine(input_ids.to(device), labels=input_ids.to(device), mode="score")
         return nll.cpu(), best.cpu()
 
+    @torch.no_grad()
+    def next_logits(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Return the logits behind the last token of each right-padded row."""
+        self._engine.world.stop_if_asked("during evaluation")
+        device = self._engine.world.device
+        found: Tensor = self._engine(input_ids.to(device), labels=lengths.to(device), mode="next")
+        return found.float().cpu()
+
 
 def live_evaluation(recipe: Recipe) -> Callable[[ZeroEngine], list[dict[str, Any]]] | None:
     """Return a function that measures the live model, or None if the recipe asks for nothing."""
@@ -63,7 +78,13 @@ def live_evaluation(recipe: Recipe) -> Callable[[ZeroEngine], list[dict[str, Any
         return None
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, local_files_only=True)
     evaluator = LiveEvaluator(
-        tasks, config.task_dir, tokenizer, batch_size=config.batch_size, seed=recipe.run.seed
+        tasks,
+        config.task_dir,
+        tokenizer,
+        batch_size=config.batch_size,
+        seed=recipe.run.seed,
+        allow_code=config.allow_code,
+        max_length=model_length(read_model_config(recipe.model.path)),
     )
     collective = ProcessGroupCollective()
 
@@ -109,9 +130,11 @@ def measure_folder(
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
         seed=seed,
+        options=EvaluationOptions(allow_code=config.allow_code),
         recipe=recipe,
         replace=True,
         log_path=log.path,
+        log=log,
         before_call=lambda: world.stop_if_asked("during evaluation"),
     )
     log(f"evaluated {model} -> {output}")

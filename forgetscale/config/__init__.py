@@ -87,6 +87,7 @@ from forgetscale.config.recipe import (
     RunConfig,
     TrainConfig,
 )
+from forgetscale.config.yaml_files import UniqueKeyLoader, parse_yaml
 
 __all__ = [
     "AlignguardLoraMethodConfig",
@@ -154,6 +155,8 @@ __all__ = [
     "load_recipe",
     "loss_options",
     "read_yaml",
+    "UniqueKeyLoader",
+    "parse_yaml",
     "recipe_dict",
     "validate_recipe",
 ]

@@ -7,7 +7,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 from forgetscale.config.generate import GenerateRecipe
 from forgetscale.config.losses import SHORTHANDS, resolve_shorthand
 from forgetscale.config.recipe import Recipe
+from forgetscale.config.yaml_files import parse_yaml
 from forgetscale.errors import ConfigError
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe loader that refuses a key written twice (plain YAML keeps the last one silently)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Build a mapping, refusing duplicates."""
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise ConfigError(
-                    f"key {key!r} stands twice (line {key_node.start_mark.line + 1}); keep one."
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -49,7 +34,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"recipe {path} is not UTF-8 text ({error.reason}); check the file."
         ) from error
     try:
-        value = yaml.load(text, _UniqueKeyLoader)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"recipe {path} is not valid YAML: {' '.join(str(error).split())}."
@@ -87,9 +72,11 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
                 raise ConfigError(f"--set {item!r}: {where} is a value, not a section.")
             target = inner
         try:
-            target[last] = yaml.safe_load(text)
+            target[last] = parse_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {item!r}: the value is not valid YAML.") from error
+        except ConfigError as error:
+            raise ConfigError(f"--set {item!r}: {error}") from error
     return result
 
 

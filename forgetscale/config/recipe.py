@@ -171,7 +171,11 @@ class EvaluateConfig:
     max_new_tokens: int = 64
     """Longest answer, > 0."""
     live_tasks: tuple[str, ...] | None = None
-    """Tasks measured during training; None takes every ``tasks`` entry that needs no generation."""
+    """Tasks measured during training; None takes every ``tasks`` entry that needs no generation.
+    Tasks of lm-evaluation-harness that generate may be named: a forward call per token."""
+    allow_code: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness whose Python files may be run; others that have any are
+    refused."""
 
     def __post_init__(self) -> None:
         """Check ranges and clashes."""
@@ -189,6 +193,8 @@ class EvaluateConfig:
         )
         unknown = [name for name in self.live_tasks or () if name not in self.tasks]
         require(not unknown, f"live_tasks names {unknown[:1]}, which tasks does not")
+        unknown = [name for name in self.allow_code if name not in self.tasks]
+        require(not unknown, f"allow_code names {unknown[:1]}, which tasks does not")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -142,7 +142,7 @@ def generate_answers(
         rows = [prompt_rows[item] for item in batch.items]
         with torch.random.fork_rng(enabled=decoding.temperature > 0):
             if decoding.temperature > 0:
-                torch.manual_seed(_batch_seed(seed, batch.number))
+                torch.manual_seed(seed_of_batch(seed, batch.number))
             new_ids = _decode(model, rows, pad_id, config)
         for item, ids in zip(batch.items, new_ids, strict=True):
             local[item] = _cut(ids, set(stop_ids), prompts)
@@ -160,7 +160,8 @@ def _require_fit(model: Any, longest: int, max_new_tokens: int) -> None:
         )
 
 
-def _batch_seed(seed: int, number: int) -> int:
+def seed_of_batch(seed: int, number: int) -> int:
+    """Return the seed of batch ``number``, the same on whatever rank it runs."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint32)[0])
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from forgetscale.errors import ConfigError
 from forgetscale.evaluation.bootstrap import NUM_RESAMPLES
 from forgetscale.evaluation.collective import Collective, SingleProcess
 from forgetscale.evaluation.forced import ForcedRecall, Measured, MeasureSettings, TokenPerplexity
+from forgetscale.evaluation.harness.backends import LiveBackend
+from forgetscale.evaluation.harness.files import is_harness
+from forgetscale.evaluation.harness.task import HarnessTask, load_harness
 from forgetscale.evaluation.likelihood import LikelihoodModel
 from forgetscale.evaluation.loading import load_tasks
 from forgetscale.evaluation.prompts import ChatPrompts
@@ -30,9 +34,12 @@ class LiveEvaluator:
         seed: Seed of the bootstrap; the same resamples at every step.
         max_rows: Rows used of each token set; None for all.
         num_resamples: Bootstrap resamples, >= 1000.
+        allow_code: Tasks of lm-evaluation-harness that may import Python.
+        max_length: Tokens the model can look at.
 
     Raises:
-        ConfigError: A task can only be measured by generating answers.
+        ConfigError: A task can only be measured by generating answers, or imports code and is not
+            allowed to.
         DataError: A task is missing or malformed, or does not fit the tokenizer.
     """
 
@@ -46,12 +53,28 @@ class LiveEvaluator:
         seed: int = 0,
         max_rows: int | None = None,
         num_resamples: int = NUM_RESAMPLES,
+        allow_code: Collection[str] = (),
+        max_length: int = 2048,
     ) -> None:
         check_task_names(tasks, task_dir)
         self._settings = MeasureSettings(batch_size, seed, num_resamples)
-        self._prepared: list[ForcedRecall | TokenPerplexity] = []
+        self._tokenizer = tokenizer
+        self._prepared: list[ForcedRecall | TokenPerplexity | HarnessTask] = []
         prompts: ChatPrompts | None = None
-        for task in load_tasks(tasks, task_dir, tokenizer=tokenizer, max_rows=max_rows):
+        for name in tasks:
+            if is_harness(name):
+                self._prepared.append(
+                    load_harness(
+                        task_dir,
+                        name,
+                        tokenizer,
+                        max_length=max_length,
+                        stop_ids=[tokenizer.eos_token_id],
+                        allow_code=allow_code,
+                    )
+                )
+                continue
+            (task,) = load_tasks([name], task_dir, tokenizer=tokenizer, max_rows=max_rows)
             if isinstance(task, TokenPerplexity):
                 self._prepared.append(task)
                 continue
@@ -84,8 +107,12 @@ class LiveEvaluator:
         """
         results: list[Result] = []
         samples: list[SampleRecord] = []
+        ranks = collective or SingleProcess()
         for prepared in self._prepared:
-            measured = prepared.measure(model, collective or SingleProcess(), self._settings)
+            target: Any = model
+            if isinstance(prepared, HarnessTask):
+                target = functools.partial(LiveBackend, target, self._tokenizer)
+            measured = prepared.measure(target, ranks, self._settings)
             results += measured[0]
             samples += measured[1]
         return results, samples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +24,9 @@ from forgetscale.evaluation.forced import (
     TokenPerplexity,
 )
 from forgetscale.evaluation.generate import Decoding, plain_generation_config
+from forgetscale.evaluation.harness.backends import FolderBackend
+from forgetscale.evaluation.harness.files import is_harness
+from forgetscale.evaluation.harness.task import HarnessTask, load_harness, log_name
 from forgetscale.evaluation.likelihood import HuggingFaceLikelihood
 from forgetscale.evaluation.loading import load_tasks
 from forgetscale.evaluation.plan import num_calls
@@ -34,6 +37,7 @@ from forgetscale.progress import Progress
 
 DEFAULT_NEW_TOKENS = 64
 DTYPES = ("auto", "float32", "bfloat16")
+PreparedTask = TokenPerplexity | ForcedRecall | GeneratedAnswers | HarnessTask
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -90,6 +94,11 @@ def load_model(model_dir: Path, *, dtype: str = "auto", device: str | None = Non
     return LoadedModel(model, tokenizer, stop_ids)
 
 
+def model_length(config: Any) -> int:
+    """Return the tokens a model can look at, 2048 where its configuration does not say."""
+    return int(getattr(config, "max_position_embeddings", None) or 2048)
+
+
 def hash_model(model_dir: Path) -> str:
     """Return the SHA-256 over the configuration and every safetensors file of a model folder."""
     files = [Path(model_dir) / "config.json", *sorted(Path(model_dir).glob("*.safetensors"))]
@@ -107,6 +116,7 @@ class EvaluationOptions:
         generate_exact: Generate answers of exact tasks too, instead of teacher forcing.
         max_rows: Rows used of each token set; None for all.
         num_resamples: Bootstrap resamples, >= 1000.
+        allow_code: Tasks of lm-evaluation-harness that may import Python.
     """
 
     dtype: str = "auto"
@@ -115,6 +125,7 @@ class EvaluationOptions:
     generate_exact: bool = False
     max_rows: int | None = None
     num_resamples: int = NUM_RESAMPLES
+    allow_code: tuple[str, ...] = ()
 
 
 class ModelEvaluator:
@@ -126,8 +137,12 @@ class ModelEvaluator:
         task_dir: Folder of tasks.
         max_new_tokens: Longest answer in tokens, for all tasks or by task name (others: 64).
         options: Decoding and how much is measured.
+        asked_dir: Folder in which answers to harness tasks are kept until all is measured; None
+            keeps none.
+        log: Receives a line for each Python file that a task runs.
 
     Raises:
+        ConfigError: A task imports code and is not allowed to.
         DataError: A task is missing or malformed, or does not fit the tokenizer.
     """
 
@@ -139,23 +154,41 @@ class ModelEvaluator:
         *,
         max_new_tokens: int | Mapping[str, int] = DEFAULT_NEW_TOKENS,
         options: EvaluationOptions | None = None,
+        asked_dir: Path | None = None,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
         check_task_names(tasks, task_dir)
         self._loaded = loaded
+        self._task_dir = task_dir
+        self._asked_dir = asked_dir
+        self._log = log
         self._max_new_tokens = max_new_tokens
         self._options = options or EvaluationOptions()
         self._likelihood = HuggingFaceLikelihood(loaded.model)
         self._prompts: ChatPrompts | None = None
+        plain = [name for name in tasks if not is_harness(name)]
+        loads = load_tasks(
+            plain, task_dir, tokenizer=loaded.tokenizer, max_rows=self._options.max_rows
+        )
+        prepared: dict[str, PreparedTask] = {task.name: self._prepare(task) for task in loads}
         self._tasks = [
-            self._prepare(task)
-            for task in load_tasks(
-                tasks, task_dir, tokenizer=loaded.tokenizer, max_rows=self._options.max_rows
-            )
+            prepared[name] if name in prepared else self._prepare_harness(name) for name in tasks
         ]
 
-    def _prepare(
-        self, task: ChatTask | TokenPerplexity
-    ) -> TokenPerplexity | ForcedRecall | GeneratedAnswers:
+    def _prepare_harness(self, name: str) -> HarnessTask:
+        loaded = self._loaded
+        return load_harness(
+            self._task_dir,
+            name,
+            loaded.tokenizer,
+            max_length=model_length(loaded.model.config),
+            stop_ids=loaded.stop_ids or [loaded.tokenizer.eos_token_id],
+            allow_code=self._options.allow_code,
+            log_dir=None if self._asked_dir is None else self._asked_dir / name.replace("/", "-"),
+            log=self._log,
+        )
+
+    def _prepare(self, task: ChatTask | TokenPerplexity) -> PreparedTask:
         if isinstance(task, TokenPerplexity):
             return task
         prompts = self._prompts = self._prompts or ChatPrompts(self._loaded.tokenizer)
@@ -214,25 +247,41 @@ class ModelEvaluator:
             num_calls(task.num_items, settings.batch_size, collective.world_size)
             for task in self._tasks
         )
-        done = itertools.count(1)
+        finished = 0
         with Progress(
             total, "evaluate", unit="batch", log_path=log_path, visible=collective.rank == 0
         ) as progress:
 
             def advance(name: str) -> None:
-                progress.update(next(done), name)
+                nonlocal finished
+                finished += 1
+                progress.update(finished, name)
                 before_call()
 
             for task in self._tasks:
+                start = finished
+                # How many calls the requests of the harness make is not known beforehand.
+                counted = not isinstance(task, HarnessTask)
                 measured = task.measure(
-                    self._loaded.model if isinstance(task, GeneratedAnswers) else self._likelihood,
+                    self._target(task),
                     collective,
                     settings,
-                    functools.partial(advance, task.name),
+                    functools.partial(advance, task.name) if counted else before_call,
                 )
+                finished = start + num_calls(
+                    task.num_items, settings.batch_size, collective.world_size
+                )
+                progress.update(finished, task.name)
                 results += measured[0]
                 samples += measured[1]
         return results, samples
+
+    def _target(self, task: PreparedTask) -> Any:
+        """Return what a task is measured on: the model, its likelihoods, or both."""
+        loaded = self._loaded
+        if isinstance(task, HarnessTask):
+            return lambda _: FolderBackend(loaded.model, loaded.tokenizer)
+        return loaded.model if isinstance(task, GeneratedAnswers) else self._likelihood
 
 
 def evaluate_model(
@@ -250,6 +299,7 @@ def evaluate_model(
     replace: bool = False,
     log_path: Path | None = None,
     before_call: Callable[[], None] = lambda: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[Result]:
     """Evaluate a model folder on tasks and publish ``results.json`` and ``samples.parquet``.
 
@@ -269,6 +319,7 @@ def evaluate_model(
         replace: Swap an existing result folder.
         log_path: Text file for plain progress lines.
         before_call: Called on every rank before each next forward call; may raise on all.
+        log: Receives a line for each Python file that a task runs.
 
     Returns:
         The results, on all ranks.
@@ -282,8 +333,17 @@ def evaluate_model(
         raise DataError(f"{output_dir} exists already; name another output folder or remove it.")
     check_task_names(tasks, task_dir)
     loaded = load_model(model_dir, dtype=options.dtype, device=options.device)
+    digest = collective.gather_objects(hash_model(model_dir) if collective.rank == 0 else "")[0]
+    kept = {"batch_size": batch_size, "seed": seed, "dtype": options.dtype}
+    asked = Path(output_dir).with_name(f".{Path(output_dir).name}.asked")
     evaluator = ModelEvaluator(
-        loaded, tasks, task_dir, max_new_tokens=max_new_tokens, options=options
+        loaded,
+        tasks,
+        task_dir,
+        max_new_tokens=max_new_tokens,
+        options=options,
+        asked_dir=asked / log_name(digest, kept),
+        log=log if collective.rank == 0 else lambda line: None,
     )
     settings = MeasureSettings(batch_size, seed, options.num_resamples)
     results, samples = evaluator.evaluate(
@@ -293,8 +353,9 @@ def evaluate_model(
 
     def publish() -> None:
         recorded = {"model": Path(model_dir).name, "batch_size": batch_size, "seed": seed}
-        inputs = {**evaluator.input_hashes, "model": hash_model(model_dir)}
+        inputs = {**evaluator.input_hashes, "model": digest}
         write(settings=recorded | evaluator.settings, inputs=inputs, replace=replace)
+        shutil.rmtree(asked, ignore_errors=True)
 
     publish_on_rank_zero(collective, publish)
     return results

@@ -9,7 +9,7 @@ with fewer batches repeats one whose results are thrown away.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from forgetscale.errors import ForgetScaleError
@@ -53,21 +53,50 @@ def plan_batches(
     Raises:
         ValueError: ``batch_size`` is below 1 or ``rank`` is not one of ``world_size``.
     """
+    return share_batches(cut_batches(lengths, batch_size), rank=rank, world_size=world_size)
+
+
+def cut_batches(lengths: Sequence[int], batch_size: int) -> list[PlannedBatch]:
+    """Cut samples into batches, longest first, without looking at ranks.
+
+    Args:
+        lengths: Tokens of each sample; samples of similar length share a batch.
+        batch_size: Samples in a batch, >= 1.
+
+    Raises:
+        ValueError: ``batch_size`` is below 1.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
+    return [
+        PlannedBatch(tuple(order[start : start + batch_size]), dummy=False, number=number)
+        for number, start in enumerate(range(0, len(order), batch_size))
+    ]
+
+
+def share_batches(
+    batches: Sequence[PlannedBatch], *, rank: int, world_size: int
+) -> list[PlannedBatch]:
+    """Return the calls of ``rank``: batch ``i`` of the list goes to rank ``i % world_size``.
+
+    A rank that gets one batch fewer repeats the last one as a dummy.
+
+    Args:
+        batches: The same list on every rank, such as those of ``cut_batches`` that are not done.
+        rank: This rank.
+        world_size: Number of ranks.
+
+    Raises:
+        ValueError: ``rank`` is not one of ``world_size``.
+    """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}")
-    order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
-    batches = [
-        tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size)
-    ]
-    calls = num_calls(len(lengths), batch_size, world_size)
-    numbers = range(rank, calls * world_size, world_size)
+    calls = -(-len(batches) // world_size)
+    places = range(rank, calls * world_size, world_size)
     return [
-        PlannedBatch(batches[number], dummy=False, number=number)
-        if number < len(batches)
-        else PlannedBatch(batches[-1], dummy=True, number=number)
-        for number in numbers
+        batches[place] if place < len(batches) else replace(batches[-1], dummy=True, number=place)
+        for place in places
     ]
 
 

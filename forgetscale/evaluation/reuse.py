@@ -8,6 +8,7 @@ from pathlib import Path
 from forgetscale.artifact import read_manifest
 from forgetscale.data import TokenSet
 from forgetscale.errors import DataError
+from forgetscale.evaluation.harness.files import is_harness, read_harness_file
 from forgetscale.evaluation.model import hash_model
 from forgetscale.evaluation.results import RESULT_KIND
 from forgetscale.evaluation.tasks import is_perplexity, load_chat_task
@@ -15,6 +16,9 @@ from forgetscale.evaluation.tasks import is_perplexity, load_chat_task
 
 def is_live_task(name: str, task_dir: Path) -> bool:
     """Return whether a task needs no generated text, so that the training loop can measure it."""
+    if is_harness(name):
+        # What it may import is checked where it is loaded; here it is only read.
+        return not read_harness_file(task_dir, name, allow_code=[name]).generates
     return is_perplexity(name) or load_chat_task(task_dir, name).kind == "exact"
 
 
@@ -39,14 +43,18 @@ def results_match(
     inputs = dict(manifest["inputs"])
     if manifest["payload"]["settings"]["max_new_tokens"] != max_new_tokens:
         return False
-    expected = {
-        name: TokenSet(task_dir / name).content_hash
-        if is_perplexity(name)
-        else load_chat_task(task_dir, name).task_hash
-        for name in tasks
-    }
+    expected = {name: task_input_hash(name, task_dir) for name in tasks}
     if set(inputs) != {*expected, "model"}:
         return False
     return all(inputs[name] == digest for name, digest in expected.items()) and (
         inputs["model"] == hash_model(model_dir)
     )
+
+
+def task_input_hash(name: str, task_dir: Path) -> str:
+    """Return the hash of a task's content, without a model."""
+    if is_perplexity(name):
+        return TokenSet(task_dir / name).content_hash
+    if is_harness(name):
+        return read_harness_file(task_dir, name, allow_code=[name]).content_hash
+    return load_chat_task(task_dir, name).task_hash

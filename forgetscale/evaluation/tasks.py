@@ -1,7 +1,8 @@
 """Tasks on disk: chat questions as JSON lines, token sets for perplexity, both with a hash.
 
-A task folder holds ``NAME.jsonl`` for chat tasks, ``perplexity/NAME/`` token sets, and, for
-code-mixing, ``vocabulary.json`` (in the folder or beside it).
+A task folder holds ``NAME.jsonl`` for chat tasks, ``perplexity/NAME/`` token sets,
+``lm_eval/NAME.yaml`` for tasks of lm-evaluation-harness, and, for code-mixing, ``vocabulary.json``
+(in the folder or beside it).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from forgetscale.artifact import canonical_json, hash_bytes
 from forgetscale.errors import DataError
+from forgetscale.evaluation.harness.files import harness_names, is_harness
 from forgetscale.ops.checks import passes
 
 KINDS = ("exact", "check", "refusal", "no_refusal", "code_mixing")
@@ -87,7 +89,7 @@ def available_tasks(task_dir: Path) -> list[str]:
         for path in (task_dir / "perplexity").glob("*")
         if (path / "manifest.json").is_file()
     ]
-    return sorted(chat) + sorted(sets)
+    return sorted(chat) + sorted(sets) + harness_names(task_dir)
 
 
 def check_task_names(names: Sequence[str], task_dir: Path) -> None:
@@ -113,6 +115,8 @@ def check_task_names(names: Sequence[str], task_dir: Path) -> None:
 
 
 def _task_path(task_dir: Path, name: str) -> Path:
+    if is_harness(name):
+        return task_dir / f"{name}.yaml"
     return task_dir / name if is_perplexity(name) else task_dir / f"{name}.jsonl"
 
 

@@ -57,9 +57,16 @@ class LossHead(nn.Module):
         loss: LossFunction | Observer | None,
         record: LossRecord | None = None,
         extra: Mapping[str, Tensor] | None = None,
+        *,
+        whole: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor] | Columns:
-        """Return the summed loss, per-position scores for None, or what an observer notes."""
+        """Return the summed loss, per-position scores for None, or what an observer notes.
+
+        ``whole`` returns the logits themselves: for a few positions only.
+        """
         weight, rows = self._head()
+        if whole:
+            return nn.functional.linear(hidden, weight, self.bias)
         if isinstance(loss, Observer):
             size = self.chunk_size
             return observe_tokens(hidden, weight, labels, loss, bias=self.bias, chunk_size=size)
@@ -148,7 +155,7 @@ class CausalLMWithLoss(nn.Module):
         input_ids: Int64[Tensor, "B T"],
         labels: Int64[Tensor, "B T"] | None = None,
         loss: LossFunction | Observer | None = None,
-        mode: Literal["loss", "score", "body", "logits"] = "loss",
+        mode: Literal["loss", "score", "next", "body", "logits"] = "loss",
         position_ids: Int64[Tensor, "B T"] | None = None,
         record: LossRecord | None = None,
         extra: Mapping[str, Tensor] | None = None,
@@ -162,8 +169,10 @@ class CausalLMWithLoss(nn.Module):
             loss: Loss function for ``mode="loss"``, or an ``Observer``, whose columns over the
                 positions with a target are then returned.
             mode: ``loss`` returns the summed loss; ``score`` per-position negative
-                log-likelihoods and argmax hits ``[B, T-1]``; ``body`` the hidden states (for
-                hooks); ``logits`` the model's own logits (short inputs only).
+                log-likelihoods and argmax hits ``[B, T-1]``; ``next`` the logits ``[B, V]``
+                behind the last token of each row, whose lengths ``[B]`` stand in ``labels``;
+                ``body`` the hidden states (for hooks); ``logits`` the model's own logits (short
+                inputs only).
             position_ids: See ``hidden_states``; not for ``mode="logits"``.
             record: Adds up the sums beside the loss, for ``mode="loss"``.
             extra: ``[B, T, ...]`` by name, aligned with ``labels``: what the loss needs beside
@@ -176,6 +185,10 @@ class CausalLMWithLoss(nn.Module):
         if mode == "body":
             return hidden
         assert labels is not None
+        if mode == "next":
+            last = hidden[torch.arange(len(hidden), device=hidden.device), labels - 1]
+            behind: Tensor = self.head(last, labels, None, whole=True)
+            return behind
         flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
         targets = labels[:, 1:].reshape(-1)
         if mode == "score":

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from forgetscale.artifact import read_manifest
-from forgetscale.errors import DataError
+from forgetscale.config import parse_yaml
+from forgetscale.errors import ConfigError, DataError
 from forgetscale.evaluation.degradation import ability_name
 from forgetscale.evaluation.drift import Answers, read_answers
 from forgetscale.evaluation.report.text_style import read_style
@@ -214,8 +215,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"{path} holds no recipe.yaml, so it is no run folder; check the path.")
     try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        recipe = parse_yaml(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ConfigError) as error:
         raise DataError(f"{file} is not valid YAML ({error}).") from error
     if not isinstance(recipe, dict):
         raise DataError(f"{file} holds a {type(recipe).__name__}, expected a recipe.")
