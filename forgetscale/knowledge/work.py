@@ -128,7 +128,11 @@ class Crew:
             # imported everything once.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["forgetscale.knowledge.restore"])
+            start = time.monotonic()
             self._pool = ProcessPoolExecutor(self.workers, context, start_process)
+            # Imports take seconds: a stage of their own, not a part of the first pass.
+            wait([self._pool.submit(torch.get_num_threads) for _ in range(self.workers)])
+            self.seconds["start"] = time.monotonic() - start
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: Any, trace: Any) -> None:
