@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from forgetscale.errors import DataError
+from forgetscale.points import reach
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
@@ -76,6 +77,7 @@ def write_json(path: Path, value: Any) -> None:
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
+        reach("json: written", path)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -250,6 +252,7 @@ def publish(
         digest = (known_hashes or {}).get(name) or hash_file(path)
         files[name] = {"size": path.stat().st_size, "sha256": digest}
         fsync_path(path)
+    reach("publish: files flushed", temporary)
     manifest: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "kind": kind,
@@ -263,6 +266,7 @@ def publish(
     for folder in sorted(path for path in temporary.rglob("*") if path.is_dir()):
         fsync_path(folder)
     fsync_path(temporary)
+    reach("publish: manifest written", temporary)
     directory.parent.mkdir(parents=True, exist_ok=True)
     if directory.exists():
         old = directory.with_name(f".{directory.name}.old-{secrets.token_hex(4)}")
@@ -271,6 +275,7 @@ def publish(
         shutil.rmtree(old)
     else:
         temporary.rename(directory)
+    reach("publish: renamed", directory)
     fsync_path(directory.parent)
     return manifest
 

@@ -2,6 +2,7 @@
 
 from forgetscale.checkpoint.adapter import export_adapter
 from forgetscale.checkpoint.export import export_model
-from forgetscale.checkpoint.store import CheckpointStore, RunState
+from forgetscale.checkpoint.records import RunState, SaveReport
+from forgetscale.checkpoint.store import CheckpointStore
 
-__all__ = ["CheckpointStore", "RunState", "export_adapter", "export_model"]
+__all__ = ["CheckpointStore", "RunState", "SaveReport", "export_adapter", "export_model"]

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors
 import torch
@@ -31,13 +31,12 @@ def states_file(rank: int, size: int) -> str:
     return f"states-{rank:05d}-of-{size:05d}.safetensors"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with one tensor at a time in host memory.
+def states_head(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return what stands before the tensors in a safetensors file.
 
     The library's own writer copies all tensors first: at 13B that is another 89 GB.
 
     Args:
-        path: New file.
         tensors: fp32 tensors on any device.
         metadata: Strings for the header.
     """
@@ -53,12 +52,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         offset += size
     head = json.dumps(header, sort_keys=True).encode()
     head += b" " * (-len(head) % 8)
-    file: BinaryIO
-    with path.open("xb") as file:
-        file.write(len(head).to_bytes(8, "little"))
-        file.write(head)
-        for tensor in tensors.values():
-            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return len(head).to_bytes(8, "little") + head
 
 
 def _held(engine: ZeroEngine, item: Slice) -> str:
@@ -66,27 +60,35 @@ def _held(engine: ZeroEngine, item: Slice) -> str:
     return WHOLE if piece is None else piece.axis
 
 
-def save_states(directory: Path, engine: ZeroEngine) -> Path:
-    """Write this rank's masters and moments; return the file."""
-    shards, world = engine.shards, engine.world
-    tensors: dict[str, Tensor] = {}
+def live_states(engine: ZeroEngine) -> dict[str, Tensor]:
+    """Return this rank's masters and moments by name in the file, as views of the live tensors."""
+    found: dict[str, Tensor] = {}
+    for item, states in _trained(engine):
+        name = engine.layout.matrix_of(item.name)
+        found |= {f"{kind}/{name}": values for kind, values in states.items()}
+    return found
+
+
+def states_chunks(engine: ZeroEngine, tensors: Mapping[str, Tensor]) -> list[bytes | Tensor]:
+    """Return this rank's file of states as what is to be written one after the other.
+
+    Args:
+        engine: The model.
+        tensors: ``live_states``, or copies of them by the same names.
+    """
+    world = engine.world
     slices: dict[str, Any] = {}
-    for item in shards.slices:
-        states = shards.states(item)
-        if not states or item.length == 0:
-            continue
+    for item, _ in _trained(engine):
         name = engine.layout.matrix_of(item.name)
         slices[name] = {"start": item.start, "held": _held(engine, item)}
-        tensors |= {f"{kind}/{name}": values for kind, values in states.items()}
     header = {
         "rank": world.rank,
         "size": world.size,
-        "optimizer_steps": shards.optimizer_steps,
+        "optimizer_steps": engine.shards.optimizer_steps,
         "slices": slices,
     }
-    path = directory / states_file(world.rank, world.size)
-    write_tensors(path, tensors, {HEADER_KEY: json.dumps(header, sort_keys=True)})
-    return path
+    head = states_head(tensors, {HEADER_KEY: json.dumps(header, sort_keys=True)})
+    return [head, *tensors.values()]
 
 
 class SavedStates:
@@ -97,7 +99,7 @@ class SavedStates:
         size: Ranks that wrote it.
 
     Raises:
-        CheckpointError: A file is missing or is not what ``save_states`` writes.
+        CheckpointError: A file is missing or is not what ``states_chunks`` describes.
     """
 
     def __init__(self, directory: Path, size: int) -> None:

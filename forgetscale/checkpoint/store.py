@@ -1,20 +1,23 @@
 """Checkpoints: published whole, hashed, verified before use.
 
-Saving: agree on free space; every rank writes below a temporary name; every file is hashed and
-flushed by some rank; rank 0 writes the manifest and renames the folder; ``latest`` is a hint.
-Old checkpoints go only after the new one is in place. Loading: the newest folder whose manifest and
-hashes are right, the same on all ranks; a bad one is renamed to ``.bad`` and the one before is
-tried. Masters and moments are in ``forgetscale.checkpoint.states``'s own files.
+Saving: agree on free space; copy to host memory what training changes in place (the only part that
+training waits for); then every rank writes its files below a temporary name, flushes them, reads
+them back and hashes them, in a thread that talks to nobody. At a later step boundary the ranks
+agree that all have ended: rank 0 writes the manifest and renames the folder, or all stop with the
+error of the one that failed. ``latest`` is a hint. Old checkpoints go only after the new one is in
+place. Loading: the newest folder whose manifest and hashes are right, the same on all ranks; a bad
+one is renamed to ``.bad`` and the one before is tried. Masters and moments are in
+``forgetscale.checkpoint.states``'s own files.
 """
 
 from __future__ import annotations
 
-import base64
 import json
-import random
+import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,64 +26,46 @@ from typing import Any
 import torch
 
 from forgetscale.artifact import (
-    fsync_path,
-    hash_file,
     list_files,
     publish,
     read_manifest,
     verify_artifact,
     write_json,
 )
-from forgetscale.checkpoint.states import load_states, save_states
+from forgetscale.checkpoint.records import RunState, SaveReport
+from forgetscale.checkpoint.snapshot import (
+    METHOD_FILE,
+    HostCopies,
+    files_of,
+    free_host_memory,
+    rng_file,
+    set_rng_state,
+    states_bytes,
+)
+from forgetscale.checkpoint.states import load_states
+from forgetscale.checkpoint.writing import Work, write_files
 from forgetscale.errors import CheckpointError, DataError, ForgetScaleError
 from forgetscale.masks import FreezePlan
+from forgetscale.points import reach
 from forgetscale.zero3 import World, ZeroEngine
 
 KIND = "checkpoint"
-METHOD_FILE = "method.pt"
 _STEP_NAME = re.compile(r"step-(\d{8})")
-SPACE_FACTOR = 1.2
+SPACE_FACTOR, SPACE_MARGIN = 1.2, 1_000_000
+_FIRST_POLL, _LONGEST_POLL = 0.002, 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class RunState:
-    """Where a run stands; together with the ranks' states it is all that resume needs."""
-
-    step: int
-    """Optimizer steps done."""
-    cursor: int
-    """Rows of the stream consumed by all ranks."""
-    target_tokens: int
-    """Target tokens seen by all ranks."""
-    world_size: int
-    """Ranks that wrote the checkpoint."""
-    data_hash: str
-    """Content hash of the token set."""
-    plan_hash: str | None
-    """Content hash of the freeze plan."""
-    model_hash: str
-    """Content hash of the source model."""
-
-
-def _rng_state() -> dict[str, Any]:
-    version, internal, gauss = random.getstate()
-    return {
-        "python": [version, list(internal), gauss],
-        "torch": base64.b64encode(bytes(torch.get_rng_state().tolist())).decode(),
-        "cuda": [
-            base64.b64encode(bytes(state.tolist())).decode()
-            for state in (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-        ],
-    }
-
-
-def _set_rng_state(state: Mapping[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(torch.tensor(list(base64.b64decode(state["torch"])), dtype=torch.uint8))
-    if torch.cuda.is_available() and state["cuda"]:
-        states = [torch.tensor(list(base64.b64decode(s)), dtype=torch.uint8) for s in state["cuda"]]
-        torch.cuda.set_rng_state_all(states)
+@dataclass(slots=True)
+class _Pending:
+    state: RunState
+    temporary: Path
+    work: Work
+    hashes: dict[str, str]
+    begun: float
+    num_bytes: int
+    in_background: bool
+    stall_seconds: float
+    waited_seconds: float
 
 
 class CheckpointStore:
@@ -92,6 +77,11 @@ class CheckpointStore:
         keep: Newest verified checkpoints kept, >= 2.
         recipe: Resolved recipe, recorded in each manifest.
         log: Receives one line per event.
+        background: Write beside training; False lets training wait for every save.
+        note: Receives the report of each published checkpoint, on rank 0.
+
+    Attributes:
+        num_waits: Saves that had to wait for the one before them.
     """
 
     def __init__(
@@ -102,12 +92,20 @@ class CheckpointStore:
         keep: int,
         recipe: Mapping[str, Any],
         log: Callable[[str], None],
+        background: bool = True,
+        note: Callable[[SaveReport], None] | None = None,
     ) -> None:
         self._directory = directory
         self._world = world
         self._keep = keep
         self._recipe = recipe
         self._log = log
+        self._copies = HostCopies() if background else None
+        self._note = note
+        self._pending: _Pending | None = None
+        self._pruning: Work | None = None
+        self._reports: list[SaveReport] = []
+        self.num_waits = 0
 
     def steps(self) -> list[int]:
         """Return the steps of the folders that carry a checkpoint's name, ascending."""
@@ -134,11 +132,14 @@ class CheckpointStore:
     def _wrapped(self, error: BaseException | None) -> ForgetScaleError | None:
         if error is None or isinstance(error, ForgetScaleError):
             return error
-        return CheckpointError(
-            f"rank {self._world.rank} cannot write the checkpoint in {self._directory}: {error};"
+        what = str(error) if isinstance(error, OSError | RuntimeError) else repr(error)
+        wrapped = CheckpointError(
+            f"rank {self._world.rank} cannot write the checkpoint in {self._directory}: {what};"
             " the checkpoint before it is intact; free space or mend the file system, then start"
             " the same command again."
         )
+        wrapped.__cause__ = error
+        return wrapped
 
     # ---- saving -------------------------------------------------------------------------
 
@@ -152,40 +153,147 @@ class CheckpointStore:
 
         self._on_main(remove)
 
-    def save(self, state: RunState, engine: ZeroEngine, method_state: Mapping[str, Any]) -> Path:
-        """Write and publish a checkpoint.
+    def save(self, state: RunState, engine: ZeroEngine, method_state: Mapping[str, Any]) -> None:
+        """Take the states as they are now and let them be written; ``advance`` publishes them.
 
-        Collective: every rank must call it.
+        Waits for the save before it: there is never more than one under way.
+
+        Collective: every rank must call it, between two steps.
 
         Raises:
             CheckpointError: Too little space, or a write failed; nothing half-written stays.
         """
+        reach("save: asked", self._directory)
+        waited = self._wait_for_last()
+        begun = time.perf_counter()
+        reach("save: begun", self._directory)
+        sizes = self._world.gather_objects(states_bytes(engine))
+        copies = self._room(sizes)
         final = self.path(state.step)
-        temporary = Path(self._on_main(lambda: str(self._begin(final))))
+        temporary = Path(self._on_main(lambda: str(self._begin(final, sum(sizes)))))
         error: BaseException | None = None
-        hashes: dict[str, str] = {}
         try:
-            try:
-                files = self._write(temporary, engine, method_state)
-                hashes = self._flush(temporary, files)
-            except (OSError, RuntimeError) as found:
-                error = found
+            files = files_of(engine, method_state, copies)
+        except (RuntimeError, MemoryError) as found:
+            error = found
+        self._agree_or_remove(error, temporary)
+        reach("save: states copied", temporary)
+        hashes: dict[str, str] = {}
+        work = Work(lambda: write_files(temporary, files, hashes), background=copies is not None)
+        self._pending = _Pending(
+            state=state,
+            temporary=temporary,
+            work=work,
+            hashes=hashes,
+            begun=begun,
+            num_bytes=sum(sizes),
+            in_background=copies is not None,
+            stall_seconds=time.perf_counter() - begun,
+            waited_seconds=waited,
+        )
+        if copies is None:
+            self.advance(wait=True)
+
+    def advance(self, *, wait: bool = False) -> None:
+        """Publish the save that is under way, if all ranks have written and verified their files.
+
+        Call it at every step boundary: without a save under way it costs nothing, with one the sum
+        of two numbers.
+
+        Args:
+            wait: Come back only when it is published and what it replaces is removed.
+
+        Collective: every rank must call it.
+
+        Raises:
+            CheckpointError: A write failed on some rank; nothing half-written stays.
+        """
+        pending, pause = self._pending, _FIRST_POLL
+        while pending is not None:
+            ended = self._world.sum(torch.tensor([float(pending.work.ended)]))
+            if int(ended) == self._world.size:
+                self._pending = None
+                self._publish(pending)
+                break
+            if not wait:
+                return
+            # No rank sits in a collective while another writes: that would run into its timeout.
+            pending.work.wait(pause)
+            pause = min(2 * pause, _LONGEST_POLL)
+        if wait:
+            self._on_main(self._end_pruning)
+
+    def take_reports(self) -> list[SaveReport]:
+        """Return the reports of what was published since the last call, on rank 0."""
+        reports, self._reports = self._reports, []
+        return reports
+
+    def _wait_for_last(self) -> float:
+        begun = time.perf_counter()
+        busy = self._pending is not None
+        if busy:
+            ended = self._world.sum(torch.tensor([float(self._pending.work.ended)]))  # type: ignore[union-attr]
+            self.num_waits += int(ended) < self._world.size
+        self.advance(wait=True)
+        return time.perf_counter() - begun if busy else 0.0
+
+    def _room(self, sizes: list[int]) -> HostCopies | None:
+        """Return where to copy to; None, with a line in the log, if the nodes lack the memory."""
+        if self._copies is None or self._copies.made:
+            return self._copies
+        # Page-locked room is handed out in powers of two.
+        factor = 2 if torch.cuda.is_available() else 1
+        needed = factor * max(sizes) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = free_host_memory()
+        lacks = [
+            (rank, found)
+            for rank, found in enumerate(self._world.gather_objects(free))
+            if found is not None and found < needed
+        ]
+        if lacks:
+            rank, found = lacks[0]
+            self._log(
+                f"checkpoint: the node of rank {rank} has {found / 1e9:.1f} GB of host memory left,"
+                f" copies need {needed / 1e9:.1f} GB: training waits for this and every other save"
+            )
+            self._copies = None
+        return self._copies
+
+    def _agree_or_remove(self, error: BaseException | None, temporary: Path) -> None:
+        try:
             self._world.agree(self._wrapped(error))
-            parts = self._world.gather_objects(hashes)
-            known = {name: digest for part in parts for name, digest in part.items()}
-            self._on_main(lambda: self._commit(temporary, final, state, known))
         except ForgetScaleError:
             if self._world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        return final
 
-    def _begin(self, final: Path) -> Path:
+    def _publish(self, pending: _Pending) -> None:
+        self._agree_or_remove(pending.work.error, pending.temporary)
+        begun = time.perf_counter()
+        parts = self._world.gather_objects(pending.hashes)
+        known = {name: digest for part in parts for name, digest in part.items()}
+        try:
+            self._on_main(lambda: self._commit(pending, known))
+        except ForgetScaleError:
+            if self._world.is_main:
+                shutil.rmtree(pending.temporary, ignore_errors=True)
+            raise
+        ended = time.perf_counter()
+        report = SaveReport(
+            step=pending.state.step,
+            num_bytes=pending.num_bytes,
+            in_background=pending.in_background,
+            stall_seconds=pending.stall_seconds + ended - begun,
+            total_seconds=ended - pending.begun,
+            waited_seconds=pending.waited_seconds,
+        )
+        self._reports.append(report)
+        if self._note is not None:
+            self._note(report)
+
+    def _begin(self, final: Path, num_bytes: int) -> Path:
         self._directory.mkdir(parents=True, exist_ok=True)
-        needed = 0
-        if done := self.steps():
-            files = list_files(self.path(done[-1]))
-            needed = int(SPACE_FACTOR * sum(path.stat().st_size for path in files))
+        needed = int(SPACE_FACTOR * num_bytes) + SPACE_MARGIN
         free = shutil.disk_usage(self._directory).free
         if free < needed:
             raise CheckpointError(
@@ -194,32 +302,12 @@ class CheckpointStore:
             )
         temporary = final.with_name(f".{final.name}.tmp-{secrets.token_hex(4)}")
         temporary.mkdir()
+        reach("save: folder made", temporary)
         return temporary
 
-    def _write(
-        self, folder: Path, engine: ZeroEngine, method_state: Mapping[str, Any]
-    ) -> list[Path]:
-        files = [save_states(folder, engine)]
-        (folder / "rng").mkdir(exist_ok=True)
-        rng = folder / "rng" / f"rank-{self._world.rank:05d}.json"
-        rng.write_text(json.dumps(_rng_state()), encoding="utf-8")
-        files.append(rng)
-        if self._world.is_main:
-            torch.save(dict(method_state), folder / METHOD_FILE)
-            files.append(folder / METHOD_FILE)
-        return files
-
-    def _flush(self, folder: Path, files: list[Path]) -> dict[str, str]:
-        # By the rank that wrote them: another node's cache cannot vouch for a file.
-        hashes = {}
-        for path in files:
-            fsync_path(path)
-            hashes[path.relative_to(folder).as_posix()] = hash_file(path)
-        return hashes
-
-    def _commit(
-        self, temporary: Path, final: Path, state: RunState, known: Mapping[str, str]
-    ) -> None:
+    def _commit(self, pending: _Pending, known: Mapping[str, str]) -> None:
+        temporary, state = pending.temporary, pending.state
+        reach("save: all ranks done", temporary)
         listed = {path.relative_to(temporary).as_posix() for path in list_files(temporary)}
         if differing := sorted(listed ^ set(known)):
             raise CheckpointError(
@@ -228,7 +316,7 @@ class CheckpointStore:
             )
         publish(
             temporary,
-            final,
+            self.path(state.step),
             kind=KIND,
             payload=asdict(state),
             inputs={"data": state.data_hash, "model": state.model_hash},
@@ -236,26 +324,63 @@ class CheckpointStore:
             known_hashes=known,
         )
         write_json(self._directory / "latest", {"step": state.step})
+        reach("save: published", self._directory)
+        self._end_pruning()
+        self._pruning = Work(self._prune, background=pending.in_background)
+        if not pending.in_background:
+            self._end_pruning()
+
+    def _prune(self) -> None:
         for step in self.steps()[: -self._keep]:
             # Renamed first: what a crash leaves of it never looks like a checkpoint.
             old = self.path(step)
             leaving = old.with_name(f".{old.name}.old")
             old.rename(leaving)
+            reach("prune: old one renamed", leaving)
             shutil.rmtree(leaving)
+            reach("prune: old one removed", leaving)
+
+    def _end_pruning(self) -> None:
+        if self._pruning is None:
+            return
+        self._pruning.wait()
+        error, self._pruning = self._pruning.error, None
+        if error is not None:
+            raise error
+
+    def remove_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps. Collective: every rank must call it.
+
+        For a run that goes back: what came later will be made again in another way.
+        """
+
+        def remove() -> None:
+            self._end_pruning()
+            for later in [found for found in self.steps() if found > step]:
+                leaving = self.path(later).with_name(f".{self.path(later).name}.undone")
+                self.path(later).rename(leaving)
+                shutil.rmtree(leaving)
+
+        self._on_main(remove)
 
     # ---- loading ------------------------------------------------------------------------
 
-    def find(self) -> RunState | None:
+    def find(self, *, before: int | None = None) -> RunState | None:
         """Return the state of the newest checkpoint that verifies, or None if there is none.
 
         A folder that fails is renamed to ``.bad-...`` and the one before it is tried. Ranks share
         the hashing and agree on the outcome. Collective: every rank must call it.
+
+        Args:
+            before: Look only at checkpoints of earlier steps than this; None looks at all.
 
         Raises:
             CheckpointError: There are checkpoints but none is good, or the file system fails;
                 starting from nothing in silence would throw the run away.
         """
         steps = self._world.broadcast(self.steps())
+        if before is not None:
+            steps = [step for step in steps if step < before]
         for step in reversed(steps):
             path = self.path(step)
             problem = None
@@ -311,9 +436,9 @@ class CheckpointStore:
         """
         path = self.path(state.step)
         load_states(path, state.world_size, engine, plan)
-        rng = path / "rng" / f"rank-{self._world.rank:05d}.json"
+        rng = path / rng_file(self._world.rank)
         if rng.is_file():  # a rank that was not there before keeps the state it started with
-            _set_rng_state(json.loads(rng.read_text(encoding="utf-8")))
+            set_rng_state(json.loads(rng.read_text(encoding="utf-8")))
         found = torch.load(path / METHOD_FILE, weights_only=True)
         assert isinstance(found, dict)
         return found

@@ -122,6 +122,9 @@ class TrainConfig:
     """Steps between checkpoints, > 0; the last step always writes one."""
     keep_checkpoints: int = 2
     """Newest verified checkpoints kept, >= 2."""
+    checkpoint_mode: Literal["async", "sync"] = "async"
+    """``async`` copies the states to host memory and writes beside training; ``sync`` lets training
+    wait and takes no memory."""
     audit_every_steps: int = 100
     """Steps between hashes of all frozen elements, > 0."""
     accumulation_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -22,6 +22,7 @@ _MAY_CHANGE = (
     "method.loss.reference.cache",
     "train.micro_batch_size",
     "train.checkpoint_every_steps",
+    "train.checkpoint_mode",
     "train.keep_checkpoints",
     "train.audit_every_steps",
     "train.export",

@@ -16,6 +16,7 @@ from forgetscale.config import Recipe
 from forgetscale.data import StreamBatch, TokenStream
 from forgetscale.engine.audit import FreezeAudit
 from forgetscale.engine.extras import LossExtras
+from forgetscale.engine.ledger import Ledger
 from forgetscale.engine.metrics import MetricsLog, memory_bytes
 from forgetscale.engine.micro_batches import MicroBatch, batches_of
 from forgetscale.engine.step_loss import divide_by_weights, summarize_loss
@@ -42,6 +43,7 @@ class Training:
     extras: LossExtras
     store: CheckpointStore
     metrics: MetricsLog
+    ledger: Ledger
     audit: FreezeAudit
     progress: Progress
     num_steps: int
@@ -222,6 +224,7 @@ def _evaluate_or_save(job: Training, *, saved_next: bool) -> None:
         if not saved_next:
             job.audit.check(job.state.step)
         _save(job)
+        job.store.advance(wait=True)
         raise
 
 
@@ -269,6 +272,7 @@ def train_loop(job: Training) -> RunState:
                 _evaluate_or_save(job, saved_next=saves)
             if saves:
                 _save(job)
+            job.store.advance(wait=last or result.stop)
             if result.stop and not last:
                 raise StoppedEarly(
                     f"stopped on request after step {step} of {job.num_steps}; the checkpoint is"
@@ -297,7 +301,22 @@ def _log_step(job: Training, result: StepResult, batch: StreamBatch, seconds: fl
             "tokens_per_second": result.num_target_tokens / seconds,
             "memory_bytes": memory_bytes(),
             "skipped_steps": job.engine.skipped_steps,
+            **_checkpoint_metrics(job.store),
             **batch.metrics,
             **{f"method/{name}": value for name, value in result.method_metrics.items()},
         }
     )
+
+
+def _checkpoint_metrics(store: CheckpointStore) -> dict[str, float]:
+    """Return what the checkpoint cost that was published since the last step, if one was."""
+    return {
+        f"checkpoint/{name}": value
+        for report in store.take_reports()
+        for name, value in (
+            ("stall_seconds", report.stall_seconds),
+            ("total_seconds", report.total_seconds),
+            ("waited_seconds", report.waited_seconds),
+            ("num_waits", store.num_waits),
+        )
+    }

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
 from forgetscale.api import EDITS_START, Method, overrides
-from forgetscale.checkpoint import CheckpointStore, RunState, export_adapter, export_model
+from forgetscale.checkpoint import (
+    CheckpointStore,
+    RunState,
+    SaveReport,
+    export_adapter,
+    export_model,
+)
 from forgetscale.config import Recipe, recipe_dict
 from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import (
@@ -24,6 +30,7 @@ from forgetscale.engine.data_state import (
     settle_run_skips,
 )
 from forgetscale.engine.extras import keep_reference_record, open_extras
+from forgetscale.engine.ledger import Ledger
 from forgetscale.engine.loop import Evaluate, Training, train_loop
 from forgetscale.engine.metrics import MetricsLog, RunLog
 from forgetscale.engine.protection import Protection, settle_protection
@@ -74,11 +81,13 @@ def train(
     engine = _start(recipe, world, source, kept)
     audit = FreezeAudit(engine)
     output = recipe.run.output_dir
-    store = open_store(recipe, world, log)
+    ledger = Ledger(output, world)
+    store = open_store(recipe, world, log, ledger)
     state = _resume(recipe, world, store, engine, method, kept, data, source, audit, log)
     if state.step == 0 and overrides(method, EDITS_START):
         method.start(engine.shards)
         engine.shards.write_params()
+    ledger.note("resumed" if state.step else "started", step=state.step, ranks=world.size)
     world.on_main(lambda: _keep_records(recipe, data))
     mask = recipe.data.document_mask
     num_steps = num_train_steps(recipe, data.targets_per_row(document_mask=mask))
@@ -103,6 +112,7 @@ def train(
         extras=extras,
         store=store,
         metrics=metrics,
+        ledger=ledger,
         audit=audit,
         progress=_progress(num_steps, state, log),
         num_steps=num_steps,
@@ -201,14 +211,23 @@ def export_checkpoint(
     engine.destroy()
 
 
-def open_store(recipe: Recipe, world: World, log: RunLog) -> CheckpointStore:
-    """Return the checkpoint folder of a run."""
+def open_store(
+    recipe: Recipe, world: World, log: RunLog, ledger: Ledger | None = None
+) -> CheckpointStore:
+    """Return the checkpoint folder of a run; what is saved goes into its ledger."""
+
+    def note(report: SaveReport) -> None:
+        if ledger is not None:
+            ledger.note("saved", **asdict(report))
+
     return CheckpointStore(
         recipe.run.output_dir / "checkpoints",
         world,
         keep=recipe.train.keep_checkpoints,
         recipe=recipe_dict(recipe),
         log=log,
+        background=recipe.train.checkpoint_mode == "async",
+        note=note,
     )
 
 

@@ -3,17 +3,13 @@
 Imported by the rank server, not by tests: DeepSpeed stays out of the test process.
 """
 
-POINT_NAMES = (
-    "in a step, before the optimizer",
-    "in a step, after the optimizer",
-    "between step and save",
-    "save: before the first file",
-    "save: after the ranks' states",
-    "save: before hashing",
-    "save: before the manifest",
-    "save: after the manifest",
-    "save: after the rename",
-    "save: after latest",
-    "save: half of the old one removed",
-    "plan: before its manifest",
-)
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def flip_bit(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(bytes(data))

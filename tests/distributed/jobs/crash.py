@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import threading
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,13 +18,14 @@ from unittest import mock
 
 import torch.distributed as dist
 
-import forgetscale.artifact as artifact
 import forgetscale.checkpoint.store as store
 import forgetscale.engine.loop as loop
+import forgetscale.points as points
 import forgetscale.zero3.shards as shards
 from forgetscale.cli import main
 from forgetscale.engine.metrics import MetricsLog
 from forgetscale.zero3 import World
+from tests.distributed.jobs import flip_bit
 from tests.distributed.jobs.training import command
 
 
@@ -73,56 +75,91 @@ def always(*args: Any) -> bool:
     return True
 
 
-def is_manifest(path: Path, value: Any) -> bool:
-    return path.name == "manifest.json" and ".step-" in path.parent.name
+# name -> (object, attribute, before or after, when)
+PLACES: dict[str, tuple[Any, str, Any, Any]] = {
+    "in a step, before the optimizer": (shards.ZeroShards, "freeze", before, always),
+    "in a step, after the optimizer": (loop, "_log_step", before, always),
+    "between step and save": (loop, "_save", before, always),
+}
 
 
-def is_plan_manifest(path: Path, value: Any) -> bool:
-    return path.name == "manifest.json" and ".plan." in path.parent.name
+def is_about(path: Path, what: str) -> bool:
+    """Return whether a point of a protocol is about a kind of file, or any of a checkpoint."""
+    if what == "plan":
+        return any(part.startswith(".plan.") for part in path.parts[-2:])
+    if "checkpoints" not in path.parts:
+        return False
+    kinds = {
+        "states": path.name.startswith("states-"),
+        "rng": path.parent.name == "rng",
+        "method": path.name == "method.pt",
+        "manifest": path.name == "manifest.json",
+        "latest": path.name == "latest",
+        "": True,
+    }
+    return kinds[what]
 
 
-def is_latest(path: Path, value: Any) -> bool:
-    return path.name == "latest"
-
-
-def is_old_step(path: Path, *args: Any) -> bool:
-    return path.name.endswith(".old")
-
-
-def remove_half(path: Path, *args: Any, **kwargs: Any) -> None:
-    """Remove some files of a folder, then die."""
+def remove_some(path: Path) -> None:
+    """Remove some files of a folder that is being removed, then die."""
     for file in sorted(p for p in path.rglob("*") if p.is_file())[:2]:
         file.unlink()
     die()
 
 
-# name -> (object, attribute, before or after, when)
-POINTS: dict[str, tuple[Any, str, Any, Any]] = {
-    "in a step, before the optimizer": (shards.ZeroShards, "freeze", before, always),
-    "in a step, after the optimizer": (loop, "_log_step", before, always),
-    "between step and save": (loop, "_save", before, always),
-    "save: before the first file": (store.CheckpointStore, "_write", before, always),
-    "save: after the ranks' states": (store, "save_states", after, always),
-    "save: before hashing": (store.CheckpointStore, "_flush", before, always),
-    "save: before the manifest": (artifact, "write_json", before, is_manifest),
-    "save: after the manifest": (artifact, "write_json", after, is_manifest),
-    "save: after the rename": (store, "write_json", before, is_latest),
-    "save: after latest": (store, "write_json", after, is_latest),
-    "save: half of the old one removed": (shutil, "rmtree", before, is_old_step),
-    "plan: before its manifest": (artifact, "write_json", before, is_plan_manifest),
+def _raise(number: int, path: Path) -> None:
+    raise OSError(number, os.strerror(number), str(path))
+
+
+ACTIONS: dict[str, Callable[[Path], None]] = {
+    "kill": lambda path: die(),
+    "kill in the middle of the removal": remove_some,
+    "ENOSPC": lambda path: _raise(errno.ENOSPC, path),
+    "EIO": lambda path: _raise(errno.EIO, path),
+    "bit flip": flip_bit,
+    "lost tail": lambda path: os.truncate(path, path.stat().st_size // 2),
 }
 
 
+def train_to_point(
+    recipe: dict, label: str, what: str, action: str, number: int, rank: int | None = None
+) -> None:
+    """Train; at the ``number``-th passing of a labelled point something happens.
+
+    Args:
+        recipe: The recipe.
+        label: One of ``forgetscale.points.LABELS``.
+        what: Kind of file the point must be about, see ``is_about``.
+        action: One of ``ACTIONS``.
+        number: Which passing, counted on each rank.
+        rank: On which rank, None for all.
+    """
+    left = number
+
+    def hook(found: str, path: Path) -> None:
+        nonlocal left
+        if found == label and is_about(path, what):
+            left -= 1
+            if left == 0 and rank in (None, dist.get_rank()):
+                ACTIONS[action](path)
+
+    points.set_hook(hook)
+    command(recipe)
+
+
+def train_and_list(recipe: dict) -> list[str]:
+    """Train; return which labelled points were passed, in order."""
+    found: list[str] = []
+    points.set_hook(lambda label, path: found.append(label) if is_about(path, "") else None)
+    command(recipe)
+    return found
+
+
 def train_until(recipe: dict, point: str, number: int, rank: int | None = None) -> None:
-    """Train and die at the ``number``-th time a point is reached (on one rank, or on all)."""
-    target, name, wrap, when = POINTS[point]
-    original = getattr(target, name)
-    action = die
-    if point == "save: half of the old one removed":
-        original = remove_half
-        action = bool
-    event = Countdown(number, action, rank)
-    with mock.patch.object(target, name, wrap(event, original, when)):
+    """Train and die at the ``number``-th time a place is reached (on one rank, or on all)."""
+    target, name, wrap, when = PLACES[point]
+    event = Countdown(number, die, rank)
+    with mock.patch.object(target, name, wrap(event, getattr(target, name), when)):
         command(recipe)
 
 
@@ -133,41 +170,26 @@ def train_with_full_disk(recipe: dict, number: int, rank: int | None, how: str) 
         recipe: The recipe.
         number: Which save fails.
         rank: Rank on which it fails, None for all.
-        how: ``limit`` (the system refuses large files), ``python`` (ENOSPC when RNG states are
-            written), ``free`` (the system reports no free space) or ``fsync``.
+        how: ``limit`` (the system takes a part of a large file, then refuses) or ``free`` (the
+            system reports no free space).
     """
-    original = store.CheckpointStore._write
     usage = namedtuple("usage", "total used free")
-
-    def fill() -> None:
-        if how == "limit":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        elif how == "python":
-            stack.enter_context(mock.patch.object(Path, "write_text", full))
-        elif how == "fsync":
-            stack.enter_context(mock.patch.object(store, "fsync_path", full))
-
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    left = number
     with ExitStack() as stack:
-        if how == "free":
-            event = Countdown(
-                number,
-                lambda: stack.enter_context(
+
+        def hook(label: str, path: Path) -> None:
+            nonlocal left
+            left -= label == "save: begun"
+            if left or label != "save: begun" or rank not in (None, dist.get_rank()):
+                return
+            if how == "limit":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+            else:
+                stack.enter_context(
                     mock.patch.object(shutil, "disk_usage", lambda path: usage(10, 10, 0))
-                ),
-                rank,
-            )
-            begin = store.CheckpointStore._begin
-            stack.enter_context(
-                mock.patch.object(store.CheckpointStore, "_begin", before(event, begin, always))
-            )
-        else:
-            event = Countdown(number, fill, rank)
-            stack.enter_context(
-                mock.patch.object(store.CheckpointStore, "_write", before(event, original, always))
-            )
+                )
+
+        points.set_hook(hook)
         command(recipe)
 
 
@@ -217,3 +239,53 @@ def full_disk_for_metrics(arguments: list[str], step: int) -> None:
     original = MetricsLog._append
     with mock.patch.object(MetricsLog, "_append", before(event, original, always)):
         raise SystemExit(main(arguments))
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError("training waits for the disk")
+        time.sleep(0.005)
+
+
+def train_with_slow_disk(recipe: dict, step: int) -> None:
+    """Train; the first checkpoint is not written before a later step is done. Then die."""
+    steps = 0
+
+    def logged(*args: Any) -> None:
+        nonlocal steps
+        steps += 1
+        original(*args)
+
+    def hook(label: str, path: Path) -> None:
+        if label == "file: opened" and is_about(path, "states"):
+            _wait_for(lambda: steps >= step)
+        if label == "save: published":
+            die()
+
+    original = loop._log_step
+    points.set_hook(hook)
+    with mock.patch.object(loop, "_log_step", logged):
+        command(recipe)
+
+
+def train_with_disk_slower_than_saves(recipe: dict, saves: int) -> None:
+    """Train; no checkpoint but the last is written before the next is asked for."""
+    asked = opened = 0
+
+    def hook(label: str, path: Path) -> None:
+        nonlocal asked, opened
+        asked += label == "save: asked"
+        if label == "file: opened" and is_about(path, "states"):
+            opened += 1
+            _wait_for(lambda: asked > opened or opened == saves)
+
+    points.set_hook(hook)
+    command(recipe)
+
+
+def train_with_little_memory(recipe: dict) -> None:
+    """Train where the node has no host memory left for copies of the states."""
+    with mock.patch.object(store, "free_host_memory", lambda: 1000):
+        command(recipe)

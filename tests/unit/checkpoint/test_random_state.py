@@ -7,7 +7,7 @@ import random
 
 import torch
 
-from forgetscale.checkpoint.store import _rng_state, _set_rng_state
+from forgetscale.checkpoint.snapshot import rng_state, set_rng_state
 
 
 def draw() -> tuple[list[float], list[float]]:
@@ -19,10 +19,10 @@ def test_the_same_numbers_follow():
     torch.manual_seed(4)
     draw()
     random.gauss(0, 1)
-    state = json.loads(json.dumps(_rng_state()))
+    state = json.loads(json.dumps(rng_state()))
     expected = draw(), random.gauss(0, 1)
     random.seed(99)
     torch.manual_seed(99)
     assert draw() != expected[0]
-    _set_rng_state(state)
+    set_rng_state(state)
     assert (draw(), random.gauss(0, 1)) == expected
