@@ -84,10 +84,7 @@ def train(
     ledger = Ledger(output, world)
     store = open_store(recipe, world, log, ledger)
     state = _resume(recipe, world, store, engine, method, kept, data, source, audit, log)
-    if state.step == 0 and overrides(method, EDITS_START):
-        method.start(engine.shards)
-        engine.shards.write_params()
-    ledger.note("resumed" if state.step else "started", step=state.step, ranks=world.size)
+    _begin(method, engine, state, ledger)
     world.on_main(lambda: _keep_records(recipe, data))
     mask = recipe.data.document_mask
     num_steps = num_train_steps(recipe, data.targets_per_row(document_mask=mask))
@@ -135,6 +132,14 @@ def _start(recipe: Recipe, world: World, source: SourceModel, kept: Protection) 
     return start_engine(
         recipe, world, source, plan=kept.plan, training=True, adapters=kept.adapters
     )
+
+
+def _begin(method: Method, engine: ZeroEngine, state: RunState, ledger: Ledger) -> None:
+    if state.step == 0 and overrides(method, EDITS_START):
+        method.start(engine.shards)
+        engine.shards.write_params()
+    event = "resumed" if state.step else "started"
+    ledger.note(event, step=state.step, cursor=state.cursor, ranks=engine.world.size)
 
 
 def _progress(num_steps: int, state: RunState, log: RunLog) -> Progress:
