@@ -5,6 +5,7 @@ The engine's step, as pseudo-code::
     plan = method.prepare(calibration)            # once, on a fresh run
     method.start(shards)                          # once, on a fresh run
     for step in 1..num_steps:
+        method.refresh(calibration, step - 1)     # every refresh_steps, if it asks for that
         for micro_batch in step:                  # loss: sums over positions
             backward(loss(logits, labels) / global target tokens)
         method.transform_gradients(shards, step)
@@ -220,6 +221,19 @@ class Calibration(Protocol):
         Collective: every rank must call it.
         """
 
+    def open_refreshed(self, step: int, self_hash: str) -> FisherBasis:
+        """Return the basis that was refreshed at a step; it may be called after ``prepare`` too.
+
+        Args:
+            step: Step of ``Method.refresh``.
+            self_hash: Its hash.
+
+        Raises:
+            DataError: It is gone, damaged, or another one.
+
+        Collective: every rank must call it.
+        """
+
     def provenance(self) -> Mapping[str, Any]:
         """Return hashes of model and calibration data, for the plan's header.
 
@@ -238,6 +252,17 @@ class Method(Protocol):
 
     def start(self, shards: ShardSet) -> None:
         """Edit ``param`` of trained slices in place before the first step of a fresh run."""
+
+    @property
+    def refresh_steps(self) -> int | None:
+        """Return the steps between two calls of ``refresh``; None for never."""
+
+    def refresh(self, calibration: Calibration, step: int) -> None:
+        """Measure again what ``prepare`` measured, at the weights after ``step`` steps.
+
+        ``calibration`` is as in ``prepare``, but its model has the live weights, an adapter's
+        update merged. Called before the next step; collective.
+        """
 
     def transform_gradients(self, shards: ShardSet, step: int) -> None:
         """Edit ``grad`` of the slices in place."""
@@ -279,6 +304,14 @@ class Unprotected:
 
     def start(self, shards: ShardSet) -> None:
         """Leave the first values alone."""
+
+    @property
+    def refresh_steps(self) -> int | None:
+        """Measure nothing again."""
+        return None
+
+    def refresh(self, calibration: Calibration, step: int) -> None:
+        """Measure nothing again."""
 
     def transform_gradients(self, shards: ShardSet, step: int) -> None:
         """Leave the gradients alone."""

@@ -19,6 +19,7 @@ from forgetscale.config.anchored import (
     FisherBasisConfig,
     L2SpMethodConfig,
     OsfMethodConfig,
+    RefreshConfig,
 )
 from forgetscale.config.calibration import CalibrationConfig
 from forgetscale.config.data import (
@@ -121,6 +122,7 @@ __all__ = [
     "FisherBasisConfig",
     "L2SpMethodConfig",
     "OsfMethodConfig",
+    "RefreshConfig",
     "STRUCTURES_OF",
     "CalibrationConfig",
     "CrossEntropyLossConfig",

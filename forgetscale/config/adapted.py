@@ -14,6 +14,7 @@ from pydantic import ConfigDict
 
 from forgetscale.config.anchored import (
     FisherBasisConfig,
+    RefreshConfig,
     require_source_of_basis,
     require_strength,
     require_targets,
@@ -85,6 +86,8 @@ class AlignguardLoraMethodConfig:
     """Alignment data: unsafe and safe prompts with the source model's own answers."""
     fisher: FisherBasisConfig = FisherBasisConfig()
     """How the information is measured."""
+    refresh: RefreshConfig | None = None
+    """As for ``ewc``: measured at the source weights plus the update."""
     target_modules: tuple[str, ...] | None = None
     """Adapted layers that are held, by last names; None holds all of them."""
 
@@ -124,6 +127,8 @@ class EwcLoraMethodConfig:
     """Data of what must be kept."""
     fisher: FisherBasisConfig = FisherBasisConfig()
     """How the information is measured."""
+    refresh: RefreshConfig | None = None
+    """As for ``ewc``: measured at the source weights plus the update."""
     target_modules: tuple[str, ...] | None = None
     """As for ``alignguard_lora``."""
 

@@ -74,6 +74,27 @@ class FisherBasisConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RefreshConfig:
+    """Measuring Fisher information again while training goes on, at the weights of the moment.
+
+    Changes are measured from the source weights for ever; only directions and values move. They
+    become the mean of the first estimate's and the new one's, on the span of the first one and of
+    what the new one holds beside it (at most ``fisher.max_rank`` directions more).
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    steps: int
+    """Steps between two estimates, > 0."""
+    calibration: CalibrationConfig | None = None
+    """Held-out data of what must be kept; None takes the method's own calibration data."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.steps > 0, f"steps must be > 0, got {self.steps}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class L2SpMethodConfig:
     """L2-SP: every change from the source weights costs the same (arXiv:1802.01483)."""
 
@@ -103,6 +124,11 @@ def require_source_of_basis(section: Any) -> None:
         f"{section.kind} needs Fisher information: set calibration.path to data of what must be"
         " kept, or basis to a finished one",
     )
+    refresh: RefreshConfig | None = section.refresh
+    require(
+        refresh is None or refresh.calibration is not None or section.calibration is not None,
+        "refresh measures on data: set refresh.calibration.path, or calibration.path",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +151,8 @@ class EwcMethodConfig:
     """Data of what must be kept."""
     fisher: FisherBasisConfig = FisherBasisConfig()
     """How the information is measured."""
+    refresh: RefreshConfig | None = None
+    """Measure again while training goes on; None keeps the first estimate."""
     target_modules: tuple[str, ...] | None = None
     """As for ``l2_sp``."""
     previous: Path | None = None
@@ -143,6 +171,11 @@ class EwcMethodConfig:
             self.previous is None or (self.kind == "online_ewc" and self.basis is None),
             "previous is the basis of earlier tasks, for online_ewc where this task's is measured;"
             f" kind is {self.kind}, basis {self.basis}",
+        )
+        require(
+            self.previous is None or self.refresh is None,
+            "refresh forms the mean of estimates of one task, but previous adds up those of"
+            " several; leave one of them out",
         )
 
 
@@ -177,6 +210,8 @@ class AlignguardMethodConfig:
     """Alignment data: unsafe and safe prompts with the source model's own answers."""
     fisher: FisherBasisConfig = FisherBasisConfig()
     """How the information is measured."""
+    refresh: RefreshConfig | None = None
+    """As for ``ewc``."""
     target_modules: tuple[str, ...] | None = None
     """Last names of linear layers; None holds all of the decoder body."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from forgetscale.projections.basis import (
 from forgetscale.zero3 import World
 
 BASIS_FOLDER = "fisher"
+REFRESHED_FOLDER = "fisher-refreshed"
 
 
 def write_basis(
@@ -167,3 +168,84 @@ def settle_basis(
     basis = open_basis(kept if found or given is None else given, world)
     check_basis(basis, model_hash, settings)
     return basis
+
+
+def refreshed_folder(recipe: Recipe, step: int) -> Path:
+    """Return where a basis goes that was measured again after some steps."""
+    return recipe.run.output_dir / REFRESHED_FOLDER / f"step-{step:08d}"
+
+
+def open_refreshed(recipe: Recipe, world: World, step: int, self_hash: str) -> FisherBasis:
+    """Open the basis that was refreshed at a step; see ``Calibration.open_refreshed``.
+
+    Args:
+        recipe: Resolved recipe.
+        world: This process among all.
+        step: Step of the refresh.
+        self_hash: What the checkpoint names.
+
+    Raises:
+        DataError: It is gone, damaged, or another one.
+
+    Collective: every rank must call it.
+    """
+    directory = refreshed_folder(recipe, step)
+    basis = open_basis(directory, world)
+    if basis.self_hash != self_hash:
+        raise DataError(
+            f"{directory} is not the Fisher basis the checkpoint goes by (hash"
+            f" {basis.self_hash[:12]}, expected {self_hash[:12]}); put the old one back, or remove"
+            " the checkpoint to go on from the one before."
+        )
+    return basis
+
+
+def keep_refreshed(
+    recipe: Recipe,
+    world: World,
+    step: int,
+    given: Path | None,
+    settings: Mapping[str, Any],
+    measure: Callable[[], MeasuredBasis],
+) -> FisherBasis:
+    """Measure a basis again and keep it under its step.
+
+    One that lies there already is from a start that was cut short after it: no checkpoint goes by
+    it, for every one that does has more steps.
+
+    Args:
+        recipe: Resolved recipe.
+        world: This process among all.
+        step: Optimizer steps done.
+        given: None: a refreshed basis is always measured.
+        settings: What the recipe asks for.
+        measure: Measures it.
+
+    Collective: every rank must call it.
+    """
+    assert given is None
+    directory = refreshed_folder(recipe, step)
+    measured = measure()
+
+    def clear() -> None:
+        if directory.exists():
+            shutil.rmtree(directory)
+
+    world.on_main(clear)
+    return write_basis(directory, measured, recipe, world)
+
+
+def drop_refreshed(recipe: Recipe, checkpoints: Sequence[int], every: int, step: int) -> None:
+    """Remove refreshed bases that no checkpoint goes by. Call on one process only.
+
+    Args:
+        recipe: Resolved recipe.
+        checkpoints: Steps of the checkpoints that are kept.
+        every: Steps between two estimates.
+        step: Step of the newest estimate, which stays.
+    """
+    # A checkpoint at a refresh is saved before it.
+    needed = min([step, *((number - 1) // every * every for number in checkpoints)])
+    for path in refreshed_folder(recipe, step).parent.glob("step-*"):
+        if int(path.name.removeprefix("step-")) < needed:
+            shutil.rmtree(path)

@@ -50,6 +50,7 @@ class SourceCalibration:
         build_training: Builds the engine with an optimizer. Collective.
         keep_basis: See ``forgetscale.api.Calibration.settle_basis``. Collective.
         adapters: See ``forgetscale.api.Calibration``.
+        open_refreshed: See ``forgetscale.api.Calibration``. Collective.
     """
 
     structure: nn.Module
@@ -67,7 +68,8 @@ class SourceCalibration:
     open_set: Callable[[CalibrationConfig], TokenSet]
     build_training: Callable[[], ZeroEngine]
     keep_basis: Callable[[Path | None, Mapping[str, Any], Callable[[], MeasuredBasis]], FisherBasis]
-    adapters: Mapping[str, AdapterPair] = field(default_factory=dict)
+    adapters: Mapping[str, AdapterPair]
+    open_refreshed: Callable[[int, str], FisherBasis]
     _engine: ZeroEngine | None = field(default=None, init=False)
     _used_target: bool = field(default=False, init=False)
 

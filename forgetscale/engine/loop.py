@@ -49,6 +49,8 @@ class Training:
     num_steps: int
     num_micro_batches: int
     evaluate: Evaluate | None
+    refresh: Callable[[int], None]
+    """Lets the method measure again after so many steps. Collective."""
     state: RunState
 
 
@@ -232,6 +234,14 @@ def _save(job: Training) -> None:
     job.store.save(job.state, job.engine, job.method.state_dict())
 
 
+def _refresh_if_due(job: Training) -> None:
+    """Let the method measure again before a step; a checkpoint made in between repeats it."""
+    every, done = job.method.refresh_steps, job.state.step
+    if every is not None and done > 0 and done % every == 0:
+        job.refresh(done)
+        job.engine.set_training(True)
+
+
 def train_loop(job: Training) -> RunState:
     """Train to the last step, from wherever ``job.state`` stands.
 
@@ -250,6 +260,7 @@ def train_loop(job: Training) -> RunState:
     with job.progress as progress:
         while job.state.step < job.num_steps:
             step = job.state.step + 1
+            _refresh_if_due(job)
             start = time.perf_counter()
             batch = next(job.stream)
             result = train_step(job, batch, step)

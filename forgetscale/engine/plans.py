@@ -21,7 +21,7 @@ from forgetscale.data import (
     require_same_tokenizer,
 )
 from forgetscale.engine.adapters import find_adapters
-from forgetscale.engine.bases import settle_basis
+from forgetscale.engine.bases import open_refreshed, settle_basis
 from forgetscale.engine.calibration import SourceCalibration
 from forgetscale.engine.metrics import RunLog
 from forgetscale.engine.start import SourceModel, start_engine
@@ -93,6 +93,7 @@ def calibration_for(
         build_training=lambda: start_engine(recipe, world, source, plan=None, training=True),
         keep_basis=partial(settle_basis, recipe, world, source.content_hash),
         adapters=find_adapters(recipe, source.skeleton),
+        open_refreshed=partial(open_refreshed, recipe, world),
     )
 
 

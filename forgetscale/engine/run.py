@@ -34,6 +34,7 @@ from forgetscale.engine.ledger import Ledger
 from forgetscale.engine.loop import Evaluate, Training, train_loop
 from forgetscale.engine.metrics import MetricsLog, RunLog
 from forgetscale.engine.protection import Protection, settle_protection
+from forgetscale.engine.refresh import make_refresh
 from forgetscale.engine.start import SourceModel, open_source, start_engine
 from forgetscale.errors import AuditError, CheckpointError, ConfigError
 from forgetscale.progress import Progress
@@ -115,6 +116,7 @@ def train(
         num_steps=num_steps,
         num_micro_batches=accumulation_steps(recipe, world.size),
         evaluate=evaluate,
+        refresh=make_refresh(recipe, world, source, method, engine, store, log),
         state=state,
     )
     try:

@@ -107,6 +107,10 @@ class ShapesOnly:
         """Refuse: a basis is weights."""
         self._refuse()
 
+    def open_refreshed(self, step: int, self_hash: str) -> FisherBasis:
+        """Refuse: a basis is weights."""
+        self._refuse()
+
     def target_changes(self, num_steps: int, lr: float) -> ShardSet:
         """Refuse: no trial training."""
         self._refuse()

@@ -102,6 +102,7 @@ def start_engine(
     plan: FreezePlan | None,
     training: bool,
     adapters: Mapping[str, AdapterPair] | None = None,
+    read: ReadSlice | None = None,
 ) -> ZeroEngine:
     """Build the partitioned model, load this rank's slices, check the output head.
 
@@ -113,13 +114,14 @@ def start_engine(
         training: Whether there is an optimizer.
         adapters: Factors beside the weights, from ``find_adapters``; then the plan holds every
             parameter of the source model whole.
+        read: Gives slices of parameters; None reads the source model's.
 
     Collective: every rank must call it.
     """
     config = engine_config(recipe, world.size)
     dtype = DTYPES[recipe.model.dtype]
     layout = plan_layout(recipe, source.skeleton, plan, adapters)
-    read = _reader(recipe, source, layout)
+    read = read or _reader(recipe, source, layout)
 
     def build() -> Any:
         model = construct(source.config)

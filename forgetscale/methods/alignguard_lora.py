@@ -40,7 +40,7 @@ from forgetscale.methods.adapter_forms import (
     norm_pull,
 )
 from forgetscale.methods.anchored import require_same_state
-from forgetscale.methods.fisher.measure import measure_basis, settings_of
+from forgetscale.methods.fisher.refresh import KnownFisher
 from forgetscale.methods.fisher.targets import match_targets, matches
 from forgetscale.ops.collisions import Collision, collision_pull
 from forgetscale.projections import (
@@ -55,7 +55,6 @@ from forgetscale.projections import (
     project_,
     shrink_,
 )
-from forgetscale.projections.basis import FisherBasis
 
 Config = AlignguardLoraMethodConfig | EwcLoraMethodConfig | L2SpLoraMethodConfig
 
@@ -70,7 +69,7 @@ class AdapterAnchor(Unprotected):
     def __init__(self, config: Config) -> None:
         self._config = config
         self._action = getattr(config, "action", "penalty")
-        self._basis: FisherBasis | None = None
+        self._fisher = KnownFisher(config, self._needed) if self._needed else None
         self._forms: dict[str, Form] | None = None
         self._guards: list[Guard] = []
         self._found: dict[str, float] = {}
@@ -91,19 +90,20 @@ class AdapterAnchor(Unprotected):
 
     def prepare(self, calibration: Calibration) -> None:
         """Settle the Fisher basis; there is no freeze plan. Collective."""
-        config = self._config
-        match_targets(calibration.structure, config.target_modules)
-        if isinstance(config, L2SpLoraMethodConfig):
-            return
-        source, needed = config.calibration, self._needed
-        settings = settings_of(config.fisher, needed, config.target_modules)
-        self._basis = calibration.settle_basis(
-            config.basis,
-            settings,
-            lambda: measure_basis(
-                calibration, config.fisher, _given(source), needed, config.target_modules
-            ),
-        )
+        match_targets(calibration.structure, self._config.target_modules)
+        if self._fisher is not None:
+            self._fisher.prepare(calibration)
+
+    @property
+    def refresh_steps(self) -> int | None:
+        """Return the steps between two estimates."""
+        return None if self._fisher is None else self._fisher.every
+
+    def refresh(self, calibration: Calibration, step: int) -> None:
+        """Measure again; forms are made anew at the next step."""
+        assert self._fisher is not None
+        self._fisher.refresh(calibration, step)
+        self._forms = None
 
     def _held(self, shards: ShardSet) -> list[AdapterPair]:
         names = self._config.target_modules
@@ -130,10 +130,11 @@ class AdapterAnchor(Unprotected):
         return self._forms
 
     def _form(self, pair: AdapterPair, shards: ShardSet) -> Form:
-        config, basis, name = self._config, self._basis, pair.matrix
+        config, name = self._config, pair.matrix
         if isinstance(config, L2SpLoraMethodConfig):
             return NoDirections(config.strength / 2)
-        assert basis is not None
+        assert self._fisher is not None
+        basis = self._fisher.basis
         height, width = pair.shape
         rows = slice(height * shards.rank // shards.size, height * (shards.rank + 1) // shards.size)
         first, count = rows.start * width, (rows.stop - rows.start) * width
@@ -247,14 +248,15 @@ class AdapterAnchor(Unprotected):
 
     def _metric_rows(self, pair: AdapterPair, side: str, rows: slice) -> Tensor:
         """Return rows (columns for ``right``, turned) of the diagonal Fisher information."""
-        assert self._basis is not None and self._forms is not None
+        assert self._fisher is not None and self._forms is not None
+        basis = self._fisher.basis
         height, width = pair.shape
         device = self._forms[pair.matrix].values.device
         if side == "left":
             count = (rows.stop - rows.start) * width
-            part = self._basis.read("diagonal", pair.matrix, rows.start * width, count)
+            part = basis.read("diagonal", pair.matrix, rows.start * width, count)
             return part.view(-1, width).to(device)
-        whole = self._basis.read("diagonal", pair.matrix, 0, height * width)
+        whole = basis.read("diagonal", pair.matrix, 0, height * width)
         return whole.view(height, width)[:, rows].t().to(device)
 
     def _inject(self, shards: ShardSet, pulls: Mapping[str, Tensor]) -> None:
@@ -273,18 +275,19 @@ class AdapterAnchor(Unprotected):
     # ---- state --------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what identifies the protection; bases are on disk."""
-        basis = "" if self._basis is None else self._basis.self_hash
+        """Return what identifies the protection, and which estimate is in use."""
+        refreshed = {} if self._fisher is None else self._fisher.state()
+        return {**self._identity(), **refreshed}
+
+    def _identity(self) -> dict[str, Any]:
+        basis = "" if self._fisher is None else self._fisher.first_hash
         return {"fisher basis": basis, "held": list(self._config.target_modules or ())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Check that a checkpoint was made under the same protection."""
-        require_same_state(state, self.state_dict())
-
-
-def _given(source: Any) -> Any:
-    assert source is not None, "the recipe's check asks for data or a basis"
-    return source
+        """Check that a checkpoint was made under the same protection; open its estimate."""
+        rest = dict(state) if self._fisher is None else self._fisher.load(state)
+        require_same_state(rest, self._identity())
+        self._forms = None
 
 
 def _gather(pair: AdapterPair, shards: ShardSet) -> Factors:

@@ -89,6 +89,10 @@ class Anchored(Unprotected, ABC):
                 self._require_stable(shards)
         return self._guards
 
+    def forget_guards(self) -> None:
+        """Make all guards anew at the next step, from what is known by then."""
+        self._guards = None
+
     def _make(self, shard: ParamShard, shards: ShardSet) -> Guard:
         assert self._read is not None
         place = Place(shard.shape, shard.start, shard.param.numel())

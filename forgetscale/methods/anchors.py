@@ -26,8 +26,8 @@ from forgetscale.config import (
     OsfMethodConfig,
 )
 from forgetscale.masks import Segment, find_cuts
-from forgetscale.methods.anchored import Anchored
-from forgetscale.methods.fisher.measure import add_earlier, measure_basis, settings_of
+from forgetscale.methods.anchored import Anchored, require_same_state
+from forgetscale.methods.fisher.refresh import KnownFisher
 from forgetscale.methods.fisher.targets import held_names, match_targets
 from forgetscale.methods.leading import leading_directions
 from forgetscale.ops.importance import num_frozen as floor_share
@@ -50,7 +50,7 @@ from forgetscale.projections import (
     VectorFrame,
     find_cut_rows,
 )
-from forgetscale.projections.basis import FisherBasis, MeasuredBasis
+from forgetscale.projections.basis import FisherBasis
 
 
 class L2Sp(Anchored):
@@ -75,27 +75,46 @@ class L2Sp(Anchored):
         return IdentityMetric(self._config.strength / 2), None
 
 
-def _settle_basis(
-    calibration: Calibration,
-    config: EwcMethodConfig | AlignguardMethodConfig,
-    needed: Sequence[str],
-) -> FisherBasis:
-    """Return the run's basis. Collective: every rank must call it."""
+class _FisherAnchored(Anchored):
+    """A method of this family that goes by a Fisher basis.
 
-    def measure() -> MeasuredBasis:
-        assert config.calibration is not None
-        found = measure_basis(
-            calibration, config.fisher, config.calibration, needed, config.target_modules
-        )
-        if isinstance(config, EwcMethodConfig) and config.previous is not None:
-            add_earlier(found, FisherBasis(config.previous), config.gamma)
-        return found
+    Args:
+        config: Recipe section.
+        needed: Parts of a basis it needs.
+    """
 
-    settings = settings_of(config.fisher, needed, config.target_modules)
-    return calibration.settle_basis(config.basis, settings, measure)
+    def __init__(
+        self, config: EwcMethodConfig | AlignguardMethodConfig, needed: Sequence[str]
+    ) -> None:
+        super().__init__(config.action)
+        self._fisher = KnownFisher(config, needed)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the hash of the first basis."""
+        return {"fisher basis": self._fisher.first_hash}
+
+    @property
+    def refresh_steps(self) -> int | None:
+        """Return the steps between two estimates."""
+        return self._fisher.every
+
+    def refresh(self, calibration: Calibration, step: int) -> None:
+        """Measure again; guards are made anew at the next step."""
+        self._fisher.refresh(calibration, step)
+        self.forget_guards()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what identifies the protection, and which estimate is in use."""
+        return {**super().state_dict(), **self._fisher.state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Check the protection and open the estimate that was in use."""
+        rest = self._fisher.load(state)
+        require_same_state(rest, super().state_dict())
+        self.forget_guards()
 
 
-class Ewc(Anchored):
+class Ewc(_FisherAnchored):
     """A change costs what the diagonal Fisher information says.
 
     Args:
@@ -103,30 +122,24 @@ class Ewc(Anchored):
     """
 
     def __init__(self, config: EwcMethodConfig) -> None:
-        super().__init__(config.action)
+        super().__init__(config, ["diagonal"])
         self._config = config
-        self._basis: FisherBasis | None = None
 
     def held(self, calibration: Calibration) -> Sequence[str]:
         """Return all parameters, or the named matrices."""
-        self._basis = _settle_basis(calibration, self._config, ["diagonal"])
+        self._fisher.prepare(calibration)
         return held_names(calibration.structure, self._config.target_modules)
 
     def guard(
         self, place: Place, name: str, anchor: Anchor, shards: ShardSet
     ) -> tuple[Metric | None, Projector | None]:
         """Return the diagonal form of this slice."""
-        assert self._basis is not None and anchor.values is not None
-        diagonal = self._basis.read("diagonal", name, place.start, place.length)
+        assert anchor.values is not None
+        diagonal = self._fisher.basis.read("diagonal", name, place.start, place.length)
         return DiagonalMetric(diagonal.to(anchor.values.device), self._config.strength / 2), None
 
-    def identity(self) -> dict[str, Any]:
-        """Return the hash of the basis."""
-        assert self._basis is not None
-        return {"fisher basis": self._basis.self_hash}
 
-
-class Alignguard(Anchored):
+class Alignguard(_FisherAnchored):
     """Directions that alignment relies on are held back, on full weights.
 
     Args:
@@ -134,37 +147,30 @@ class Alignguard(Anchored):
     """
 
     def __init__(self, config: AlignguardMethodConfig) -> None:
-        super().__init__(config.action)
+        super().__init__(config, STRUCTURES_OF[config.reading])
         self._config = config
-        self._basis: FisherBasis | None = None
 
     def held(self, calibration: Calibration) -> Sequence[str]:
         """Return the named matrices of linear layers."""
-        needed = STRUCTURES_OF[self._config.reading]
         found = match_targets(calibration.structure, self._config.target_modules)
-        self._basis = _settle_basis(calibration, self._config, needed)
+        self._fisher.prepare(calibration)
         return [target.name for target in found]
-
-    def identity(self) -> dict[str, Any]:
-        """Return the hash of the basis."""
-        assert self._basis is not None
-        return {"fisher basis": self._basis.self_hash}
 
     def guard(
         self, place: Place, name: str, anchor: Anchor, shards: ShardSet
     ) -> tuple[Metric | None, Projector | None]:
         """Return the low-rank form, and the projector onto its directions, through one frame."""
-        assert self._basis is not None and anchor.values is not None
-        device, config = anchor.values.device, self._config
+        assert anchor.values is not None
+        device, config, basis = anchor.values.device, self._config, self._fisher.basis
         strength = 1.0 if config.action == "project_update" else config.strength
         # Where nothing is projected the projector only reports the leak.
         if config.reading == "mask":
-            diagonal = self._basis.read("diagonal", name, place.start, place.length).to(device)
+            diagonal = basis.read("diagonal", name, place.start, place.length).to(device)
             mask = self._mask(diagonal, place, shards)
             outside = torch.full_like(diagonal, config.task_strength)
             form = torch.where(mask, strength * diagonal, outside)
             return DiagonalMetric(form, 1.0), Onto(MaskFrame(place, mask))
-        frame, values = self._frame(self._basis, place, name, shards, device)
+        frame, values = self._frame(basis, place, name, shards, device)
         return FrameMetric(frame, strength * values, config.task_strength), Onto(frame)
 
     def _mask(self, diagonal: Tensor, place: Place, shards: ShardSet) -> Tensor:
