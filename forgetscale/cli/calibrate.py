@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from forgetscale.cli.inputs import check_alignment_data
 from forgetscale.cli.recipe_options import add_recipe_options, read_recipe, running_world
 from forgetscale.config import STRUCTURES_OF, Recipe
 from forgetscale.engine import RunLog, make_plan, open_source, write_plan
@@ -52,6 +53,7 @@ def run(options: argparse.Namespace) -> None:
     if options.kind == "fisher":
         needed = _needed_structures(recipe)
         with running_world(output.parent / f"{output.name}-log") as (world, log):
+            world.on_main(lambda: check_alignment_data(recipe))
             _write_fisher(recipe, world, open_source(recipe, world), needed, output, log)
         return
     method = METHODS[recipe.method.kind](recipe.method)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from transformers import AutoTokenizer
+
 from forgetscale.config import Recipe
 from forgetscale.data import TokenSet, open_data, require_same_tokenizer, require_vocabulary
 from forgetscale.engine.data_state import read_run_skips
 from forgetscale.engine.extras import check_reference
 from forgetscale.errors import ConfigError
+from forgetscale.evaluation.alignment_sets import require_refusals
 from forgetscale.evaluation.harness import is_harness, read_harness_file
+from forgetscale.evaluation.prompt_files import REFUSALS
 from forgetscale.evaluation.reuse import is_live_task
 from forgetscale.evaluation.tasks import check_task_names
 from forgetscale.masks import load_plan
@@ -45,6 +51,7 @@ def check_inputs(recipe: Recipe) -> None:
     calibration = getattr(recipe.method, "calibration", None)
     if calibration is not None:
         require_same_tokenizer(TokenSet(calibration.path), recipe.model.path)
+    check_alignment_data(recipe)
     plan = getattr(recipe.method, "plan", None)
     if plan is not None:
         load_plan(plan).check_model(shapes)
@@ -60,3 +67,28 @@ def check_inputs(recipe: Recipe) -> None:
                     f"evaluate.live_tasks: {name!r} needs generated answers and cannot be measured"
                     " during training; name it in evaluate.tasks alone."
                 )
+
+
+def check_alignment_data(recipe: Recipe) -> None:
+    """Look for refusals in alignment data that a basis will be measured on; decodes its rows.
+
+    Raises:
+        DataError: The data hold none, or were made with another tokenizer.
+    """
+    method: Any = recipe.method
+    openings = getattr(method, "refusals", ())
+    if openings is None:
+        openings = REFUSALS
+    sources = {}
+    if openings and method.basis is None:
+        sources["method.calibration"] = method.calibration
+    if openings and method.refresh is not None:
+        sources["method.refresh.calibration"] = method.refresh.calibration
+    tokenizer = None
+    for field, source in sources.items():
+        if source is not None:
+            token_set = TokenSet(source.path)
+            require_same_tokenizer(token_set, recipe.model.path)
+            path = recipe.model.path
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, local_files_only=True)
+            require_refusals(field, source, token_set, tokenizer, openings)

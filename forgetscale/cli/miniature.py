@@ -149,6 +149,12 @@ class Miniature:
             self._measure_style(name, run_dir)
             return run_dir
 
+    def _refusals(self) -> list[str]:
+        """Return how refusals open, as the task that counts them says."""
+        with (self.tasks / "refusal.jsonl").open(encoding="utf-8") as file:
+            found: list[str] = json.loads(file.readline())["meta"]["refusals"]
+        return found
+
     def _mean_gate(self) -> float:
         """Return the mean weight of a token over the steps of this world's ``eaft`` run."""
         with (self.adapt("eaft") / "metrics.jsonl").open(encoding="utf-8") as file:
@@ -292,6 +298,7 @@ class Miniature:
             seed=self.seed,
             task_share=lambda data: _first_share(recipe | {"data": data}),
             mean_gate=self._mean_gate,
+            refusals=self._refusals,
         )
         for section, values in study.sections(method, inputs).items():
             # Another kind of data has other fields.

@@ -41,6 +41,7 @@ class Inputs:
             first set.
         mean_gate: Returns the mean weight that ``eaft`` gave its tokens in this world; trains
             ``eaft`` first where it has not run.
+        refusals: Returns how refusals open in this world's language.
     """
 
     calibration: Path
@@ -51,6 +52,7 @@ class Inputs:
     seed: int
     task_share: Callable[[Section], float]
     mean_gate: Callable[[], float]
+    refusals: Callable[[], list[str]] = list
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,8 @@ def anchor_section(name: str, inputs: Inputs) -> Section:
             "num_blocks": 200,
             "micro_batch_size": 4,
         }
+    if kind.partition("_lora")[0] == "alignguard":
+        method["refusals"] = inputs.refusals()
     if factor:
         method["strength"] = _STRENGTHS[kind] * float(factor)
     if variant == "collision":

@@ -15,6 +15,7 @@ from pydantic import ConfigDict
 from forgetscale.config.anchored import (
     FisherBasisConfig,
     RefreshConfig,
+    require_openings,
     require_source_of_basis,
     require_strength,
     require_targets,
@@ -88,6 +89,8 @@ class AlignguardLoraMethodConfig:
     """How the information is measured."""
     refresh: RefreshConfig | None = None
     """As for ``ewc``: measured at the source weights plus the update."""
+    refusals: tuple[str, ...] | None = None
+    """As for ``alignguard``."""
     target_modules: tuple[str, ...] | None = None
     """Adapted layers that are held, by last names; None holds all of them."""
 
@@ -97,6 +100,7 @@ class AlignguardLoraMethodConfig:
         require_strength("task_strength", self.task_strength)
         require_targets(self.target_modules)
         require_source_of_basis(self)
+        require_openings(self.refusals)
         one_sided = self.reading in ("left", "right")
         require(
             one_sided or self.action == "penalty",

@@ -117,6 +117,14 @@ class L2SpMethodConfig:
         require_targets(self.target_modules)
 
 
+def require_openings(openings: tuple[str, ...] | None) -> None:
+    """Raise ValueError for a refusal without a word."""
+    require(
+        all(opening.strip() for opening in openings or ()),
+        "refusals holds an empty text, which every answer opens with; remove it",
+    )
+
+
 def require_source_of_basis(section: Any) -> None:
     """Raise ValueError unless a basis is given or can be measured."""
     require(
@@ -212,6 +220,9 @@ class AlignguardMethodConfig:
     """How the information is measured."""
     refresh: RefreshConfig | None = None
     """As for ``ewc``."""
+    refusals: tuple[str, ...] | None = None
+    """How answers of the alignment data open that refuse, ignoring case; data without one are
+    turned down. None: openings of English refusals; an empty list does not look."""
     target_modules: tuple[str, ...] | None = None
     """Last names of linear layers; None holds all of the decoder body."""
 
@@ -220,6 +231,7 @@ class AlignguardMethodConfig:
         require_strength("strength", self.strength)
         require_strength("task_strength", self.task_strength)
         require_fraction("mask_fraction", self.mask_fraction)
+        require_openings(self.refusals)
         require_targets(self.target_modules)
         require_source_of_basis(self)
         require(

@@ -118,6 +118,24 @@ def test_refused(ranks: RankServer, runs: Runs, tmp_path, method, expected):
     assert expected in refusal(ranks, runs.recipe("refused-fisher", method), tmp_path / "basis")
 
 
+def test_alignment_data_without_refusals(ranks: RankServer, runs: Runs, tmp_path):
+    """English openings, which the made-up words never hold; the CLI says so before any work."""
+    method = {"kind": "alignguard_lora", "refusals": None}
+    adapter = {"adapter": {"kind": "lora", "rank": 4, "alpha": 16}}
+    recipe = runs.recipe("no-refusals", method, adapter)
+    sentence = refusal(ranks, recipe, tmp_path / "basis")
+    assert "calibration.path: 0 of the 7 rows used of" in sentence
+    outcome = ranks.run("training:command", 2, recipe=recipe)
+    assert outcome.codes == [2, 2] and "method.refusals" in outcome.errors[0]
+    # A word that opens a row counts there.
+    recipe["method"]["refusals"] = [f"w{number}" for number in range(67)]
+    assert calibrate(ranks, recipe, tmp_path / "words").codes == [0]
+    held_out = {"steps": 2, "calibration": {"path": str(runs.world() / "calibration")}}
+    recipe["method"] |= {"refusals": None, "basis": str(tmp_path / "words"), "refresh": held_out}
+    outcome = ranks.run("training:command", 1, recipe=recipe)
+    assert outcome.codes == [2] and "refresh.calibration.path: 0 of" in outcome.errors[0]
+
+
 @pytest.fixture(scope="module")
 def basis(ranks: RankServer, runs: Runs, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("given") / "basis"

@@ -181,6 +181,8 @@ def base_recipe(folder: Path, name: str, **method: object) -> dict:
             "calibration",
             {"path": str(folder / "calibration"), "num_blocks": 7, "micro_batch_size": 2},
         )
+    if method["kind"] in ("alignguard", "alignguard_lora"):
+        method.setdefault("refusals", [])  # random words refuse nothing
     if method["kind"] == "asft_lora":
         method.setdefault("base", str(make_base(folder)))
     return {
