@@ -11,7 +11,8 @@
 #   bash launch/slurm.sh --dry-run --nodes=2 train --config run.yaml      shows, submits nothing
 #
 # JOB: train, calibrate, evaluate, export, check   one run over all nodes, by the deepspeed launcher
-#      generate                                    independent workers, one a GPU
+#      generate                                    independent workers, one a GPU; with the engine
+#                                                  zero3 one worker over all nodes
 #      prepare                                     data_prep build, over all nodes by MPI
 #      report, verify                              one process
 #

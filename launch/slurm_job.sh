@@ -110,7 +110,16 @@ collective() {
 case "$1" in
   train | calibrate | evaluate | export | check) collective "$@" ;;
   generate)
-    step --ntasks-per-node="$FORGETSCALE_PROCESSES" bash "$self" on-node -m forgetscale "$@" ;;
+    engine=""
+    if [[ " $* " == *" --config"* ]]; then
+      engine="$(step --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" bash "$self" on-node -m forgetscale \
+        "$@" --print-engine)" || exit
+    fi
+    if [ "${engine##*$'\n'}" = zero3 ]; then
+      collective "$@"
+    else
+      step --ntasks-per-node="$FORGETSCALE_PROCESSES" bash "$self" on-node -m forgetscale "$@"
+    fi ;;
   prepare)
     shift
     step --mpi=pmi2 --ntasks-per-node="$FORGETSCALE_PROCESSES" bash "$self" on-node -m data_prep build "$@" ;;

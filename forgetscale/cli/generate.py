@@ -11,12 +11,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from forgetscale.config import load_generate_recipe, load_recipe
+from forgetscale.cli.recipe_options import running_world
+from forgetscale.config import GenerateRecipe, load_generate_recipe, load_recipe
 from forgetscale.errors import ConfigError
-from forgetscale.generation.run import run_worker
+from forgetscale.generation.engines.zero3 import require_launcher
+from forgetscale.generation.run import run_group, run_worker
 from forgetscale.generation.soft_targets import write_soft_cache
 from forgetscale.generation.status import read_status
 from forgetscale.generation.style import measure_style
@@ -25,6 +28,8 @@ from forgetscale.stop import StopRequest
 EXAMPLES = """examples:
   forgetscale generate --config self.yaml                 one worker; start more of them at will
   srun --ntasks 16 --gpus-per-task 1 forgetscale generate --config self.yaml
+  deepspeed --num_gpus 8 --module forgetscale generate --config self.yaml \\
+      --set generate.engine.kind=zero3                    a model that fits no other way
   forgetscale generate --status runs/self                 how far it is
   forgetscale generate --soft-cache train.yaml --dialogues runs/self/dialogues
   forgetscale generate --style train.yaml --tuned runs/a/export --output runs/a/results
@@ -72,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tuned", type=Path, metavar="DIR", help="model folder after training")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for style.json")
     parser.add_argument(
+        "--print-engine", action="store_true", help="print generate.engine.kind, and stop"
+    )
+    parser.add_argument(
         "--status", type=Path, metavar="DIR", help="print how far the run in DIR is, and stop"
     )
 
@@ -93,11 +101,35 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.config is None:
         raise ConfigError("give --config with a recipe, or --status with the folder of a run.")
-    _generate(options)
-
-
-def _generate(options: argparse.Namespace) -> None:
     recipe = load_generate_recipe(options.config, options.set)
+    kind = recipe.generate.engine.kind
+    if options.print_engine:
+        print(kind)
+    elif kind == "zero3":
+        _generate_together(recipe)
+    else:
+        _generate(recipe)
+
+
+def _generate_together(recipe: GenerateRecipe) -> None:
+    """Be one rank of the one worker that all ranks are."""
+    require_launcher()
+    with running_world(recipe.generate.output_dir / "logs") as (world, _):
+        payload = run_group(recipe, world, say=_say)
+        if world.is_main:
+            _print(payload)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print(payload: dict[str, Any]) -> None:
+    shown = ("num_dialogues", "num_ids", "counts", "num_tokens", "num_supervised_tokens")
+    print(json.dumps({name: payload[name] for name in shown}))
+
+
+def _generate(recipe: GenerateRecipe) -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     stop = StopRequest()
     stop.listen()
@@ -105,12 +137,11 @@ def _generate(options: argparse.Namespace) -> None:
         payload = run_worker(
             recipe,
             should_stop=lambda: stop.requested,
-            say=lambda line: print(line, file=sys.stderr, flush=True),
+            say=_say,
         )
     finally:
         stop.close()
-    shown = ("num_dialogues", "num_ids", "counts", "num_tokens", "num_supervised_tokens")
-    print(json.dumps({name: payload[name] for name in shown}))
+    _print(payload)
 
 
 def _write_soft_cache(options: argparse.Namespace) -> None:

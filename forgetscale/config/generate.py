@@ -266,13 +266,20 @@ class EngineConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    kind: Literal["transformers", "vllm"] = "transformers"
+    kind: Literal["transformers", "vllm", "zero3"] = "transformers"
     """``transformers``: one whole copy a worker; ``vllm``: needs forgetscale[vllm], and spreads a
-    copy over several GPUs with ``tensor_parallel_size``."""
+    copy over several GPUs with ``tensor_parallel_size``; ``zero3``: all ranks of a launcher are one
+    worker with one copy between them, slow, for models that fit no other way."""
     num_slots: int = 32
-    """Dialogues decoded together by a worker, >= 4; every forward pass has this many rows."""
+    """Dialogues decoded together by a worker, >= 4; every forward pass has this many rows. With
+    ``zero3`` on each rank."""
     tensor_parallel_size: int = 1
     """GPUs of one ``vllm`` worker, > 0."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where ``zero3`` keeps the slices of a rank: on its device or in the memory of the host."""
+    late_seconds: float = 300.0
+    """``zero3``: a rank that comes this much later than others to a pass they all take part in is
+    named, and the job ends, > 0."""
 
     def __post_init__(self) -> None:
         """Check ranges and clashes."""
@@ -282,6 +289,8 @@ class EngineConfig:
             self.tensor_parallel_size == 1 or self.kind == "vllm",
             "tensor_parallel_size goes with kind vllm",
         )
+        require(self.offload == "none" or self.kind == "zero3", "offload goes with kind zero3")
+        require(self.late_seconds > 0, f"late_seconds must be > 0, got {self.late_seconds}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

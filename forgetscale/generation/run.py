@@ -12,10 +12,11 @@ from forgetscale.artifact import MANIFEST_NAME, read_manifest, recorded_day
 from forgetscale.config import GenerateRecipe, generate_recipe_dict
 from forgetscale.config.generate import PromptsDialogueConfig, SdftDialogueConfig, SsrDialogueConfig
 from forgetscale.data import tokenizer_hash
-from forgetscale.errors import DataError
+from forgetscale.errors import DataError, ForgetScaleError
 from forgetscale.generation.dialogues import DialogueSettings
 from forgetscale.generation.engines.base import Engine
 from forgetscale.generation.engines.choice import open_engine
+from forgetscale.generation.engines.zero3 import Zero3Engine, Zero3Group
 from forgetscale.generation.filters import DialogueFilter
 from forgetscale.generation.layout import ChatLayout
 from forgetscale.generation.leases import LeaseTable, highest_epochs
@@ -31,12 +32,13 @@ from forgetscale.generation.sources import RecipeSource, input_files
 from forgetscale.generation.store import RESULT, RUN_FILE, RunStore, read_description, run_key
 from forgetscale.generation.worker import Worker, WorkerSettings, require_yield, worker_name
 from forgetscale.progress import Progress
+from forgetscale.zero3 import ArrivalWatch, World
 
 _PUBLISHING = 999_999
 """Shard number of the lease under which one worker publishes."""
 _NOT_TEXT = {
     "": ("output_dir", "lease_seconds", "journal_rows", "min_accepted_fraction"),
-    "engine": ("num_slots", "tensor_parallel_size"),
+    "engine": ("num_slots", "tensor_parallel_size", "offload", "late_seconds"),
 }
 """Fields of ``generate`` that do not change what is written."""
 
@@ -75,6 +77,85 @@ def run_worker(
         StoppedEarly: ``should_stop`` said so.
     """
     run = prepare(recipe)
+    return _work_until_published(
+        run, lambda: open_engine(recipe, run.settings.stop_ids), should_stop, say
+    )
+
+
+def run_group(
+    recipe: GenerateRecipe, world: World, *, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Work as one worker with one model between all ranks (engine ``zero3``).
+
+    Args:
+        recipe: What is generated.
+        world: This process among all.
+        say: Told what happens, on rank 0.
+
+    Returns:
+        The payload of the result, on all ranks.
+
+    Raises:
+        ConfigError: Recipe, model or folder are not as they must be.
+        DataError: Hardly anything is accepted.
+        StoppedEarly: A rank was asked to stop.
+
+    Collective: every rank must call it.
+    """
+    run = _prepare_on_all(recipe, world, world.on_main(lambda: _fingerprint(recipe)))
+    result = recipe.generate.output_dir / RESULT
+    if world.on_main(lambda: (result / MANIFEST_NAME).exists()):
+        return world.on_main(lambda: _payload(run))
+    watch = ArrivalWatch(world, recipe.generate.engine.late_seconds)
+    failure: ForgetScaleError | None = None
+    try:
+        group = Zero3Group(recipe, world, run.source.start, watch)
+        if world.is_main:
+            engine = Zero3Engine(group)
+            try:
+                _work_until_published(
+                    run, lambda: engine, lambda: world.stop.requested or engine.stop_requested, say
+                )
+            except ForgetScaleError as error:
+                failure = error
+            engine.dismiss()
+        else:
+            group.serve()
+    finally:
+        watch.close()
+
+    def finish() -> dict[str, Any]:
+        if failure is not None:
+            raise failure
+        return _payload(run)
+
+    return world.on_main(finish)
+
+
+def _prepare_on_all(recipe: GenerateRecipe, world: World, fingerprint: dict[str, Any]) -> _Run:
+    error, run = None, None
+    try:
+        run = prepare(recipe, fingerprint)
+    except ForgetScaleError as found:
+        error = found
+    world.agree(error)
+    assert run is not None
+    return run
+
+
+def _fingerprint(recipe: GenerateRecipe) -> dict[str, Any]:
+    require_model_folder(recipe.model.path)
+    tokenizer = load_tokenizer(recipe.model.path)
+    return engine_fingerprint(recipe.model, tokenizer, recipe.generate.engine.kind)
+
+
+def _work_until_published(
+    run: _Run,
+    open_model: Callable[[], Engine],
+    should_stop: Callable[[], bool],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    recipe = run.recipe
     result = recipe.generate.output_dir / RESULT
     engine: Engine | None = None
     name = worker_name()
@@ -83,11 +164,17 @@ def run_worker(
         if not shards <= run.store.sealed():
             if engine is None:
                 say(f"worker {name} loads {recipe.model.path}")
-                engine = open_engine(recipe, run.settings.stop_ids)
+                engine = open_model()
             _work(run, engine, name, should_stop)
         leases = run.store.leases(name, recipe.generate.lease_seconds)
         if not _try_to_publish(run, leases, say):
             time.sleep(min(1.0, recipe.generate.lease_seconds / 10))
+    return _payload(run)
+
+
+def _payload(run: _Run) -> dict[str, Any]:
+    """Return what the published result says of itself."""
+    result = run.store.directory / RESULT
     payload: dict[str, Any] = read_manifest(result, KIND)["payload"]
     if payload["run_key"] != run.store.key:
         raise DataError(f"{result} belongs to another generation; remove it and start again.")
@@ -118,16 +205,19 @@ def _work(run: _Run, engine: Engine, name: str, should_stop: Callable[[], bool])
         worker.run()
 
 
-def prepare(recipe: GenerateRecipe) -> _Run:
+def prepare(recipe: GenerateRecipe, fingerprint: dict[str, Any] | None = None) -> _Run:
     """Open or make the run's folder and check everything that needs no model.
+
+    Args:
+        recipe: What is generated.
+        fingerprint: What decides the text beside the recipe; None reads and hashes the model.
 
     Raises:
         ConfigError: Recipe, model or folder are not as they must be.
     """
     config = recipe.generate
-    require_model_folder(recipe.model.path)
+    fingerprint = fingerprint or _fingerprint(recipe)
     tokenizer = load_tokenizer(recipe.model.path)
-    fingerprint = engine_fingerprint(recipe.model, tokenizer, config.engine.kind)
     inputs = input_files(config)
     day = _template_day(config.output_dir)
     layout = ChatLayout(
@@ -147,7 +237,7 @@ def prepare(recipe: GenerateRecipe) -> _Run:
     settings = DialogueSettings(
         layout,
         filters,
-        run_key({"recipe": description["recipe"], "inputs": inputs, **content}),
+        run_key({"recipe": _seeded_fields(description["recipe"]), "inputs": inputs, **content}),
         stop_ids(recipe.model.path, tokenizer),
         config.max_tokens,
         config.soft_targets,
@@ -175,6 +265,12 @@ def _text_fields(recipe: GenerateRecipe) -> dict[str, Any]:
         generate["dialogue"].pop("path")
     generate["dialogue"].pop("topics", None)
     return dict(generate)
+
+
+def _seeded_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that seeds hang on: a model in slices draws what a whole one draws."""
+    kind = fields["engine"]["kind"]
+    return fields | {"engine": {"kind": "transformers" if kind == "zero3" else kind}}
 
 
 def _template_day(directory: Path) -> str:

@@ -1,6 +1,7 @@
 """The only package that imports DeepSpeed: start-up, engine, slices of partitioned parameters."""
 
 from forgetscale.stop import StopRequest
+from forgetscale.zero3.arrivals import ArrivalWatch
 from forgetscale.zero3.engine import (
     DTYPES,
     Matrix,
@@ -20,6 +21,7 @@ from forgetscale.zero3.world import (
 )
 
 __all__ = [
+    "ArrivalWatch",
     "DTYPES",
     "Matrix",
     "ReadSlice",

@@ -20,6 +20,7 @@ def open_engine(recipe: GenerateRecipe, stop_ids: tuple[int, ...]) -> Engine:
         ConfigError: The engine is not installed or cannot run the model.
     """
     config = recipe.generate
+    assert config.engine.kind != "zero3", "a group of ranks opens its own engine"
     if config.engine.kind == "vllm":
         return open_vllm(recipe)
     return SlotEngine(

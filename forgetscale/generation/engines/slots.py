@@ -14,6 +14,7 @@ their dialogues go on.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,14 +45,25 @@ class SlotEngine:
         model: In evaluation mode, on its device; full attention in every layer.
         num_slots: Rows of every pass, >= 4.
         max_tokens: Longest dialogue, > 0.
+        agree: Told how many passes over beginnings this engine has to make before its next step;
+            returns how many it must make, the rest without effect. For a model whose passes other
+            processes must take part in. None: as many as it has to.
 
     Raises:
         ConfigError: The model cannot be run this way.
     """
 
-    def __init__(self, model: Any, *, num_slots: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        num_slots: int,
+        max_tokens: int,
+        agree: Callable[[int], int] | None = None,
+    ) -> None:
         check_model(model.config, max_tokens)
         self._model = model
+        self._agree = agree
         self._max_tokens = max_tokens
         self._num_layers = int(model.config.num_hidden_layers)
         self._waiting: deque[_Slot] = deque()
@@ -82,20 +94,34 @@ class SlotEngine:
         self._waiting.append(_Slot(dialogue))
 
     def step(self) -> list[Dialogue]:
-        """Feed one token to every slot; return the dialogues that ended."""
+        """Feed one token to every slot; return the dialogues that ended.
+
+        Raises:
+            ConfigError: Memory does not suffice.
+        """
         try:
             return self._step()
         except torch.OutOfMemoryError as error:
+            if self._agree is not None:
+                # The others wait in the middle of the pass: it cannot be tried again.
+                raise self._too_large(error) from error
             self._halve(error)
             return []
 
     @torch.no_grad()
     def _step(self) -> list[Dialogue]:
+        begun: list[tuple[int, _Slot]] = []
         for number, slot in enumerate(self._slots):
             if slot is None and self._waiting:
                 slot = self._slots[number] = self._waiting.popleft()
             if slot is not None and slot.num_fed == 0:
-                self._prefill(number, slot)
+                begun.append((number, slot))
+        if self._agree is not None:
+            own = self._num_passes([slot for _, slot in begun])
+            for _ in range(self._agree(own) - own):
+                self._pass_without_effect()
+        for number, slot in begun:
+            self._prefill(number, slot)
         positions = [0 if slot is None else slot.num_fed for slot in self._slots]
         ids = [0 if slot is None else slot.dialogue.ids[slot.num_fed] for slot in self._slots]
         position_ids, mask = self._cache.begin_step(positions)
@@ -119,6 +145,27 @@ class SlotEngine:
         )
         logits: Tensor = output.logits
         return logits
+
+    def _num_passes(self, begun: list[_Slot]) -> int:
+        """Return how many forward passes the beginnings of these dialogues take."""
+        known, count = list(self._prompts), 0
+        for slot in begun:
+            prompt = tuple(slot.dialogue.ids[:-1])
+            if not prompt:
+                continue
+            if prompt in known:
+                known.remove(prompt)
+            else:
+                count += 1
+            known = [*known, prompt][-_KEPT_PROMPTS:]
+        return count
+
+    def _pass_without_effect(self) -> None:
+        self._model(
+            input_ids=torch.zeros((1, 1), dtype=torch.int64, device=self._model.device),
+            use_cache=False,
+            logits_to_keep=1,
+        )
 
     def _prefill(self, number: int, slot: _Slot) -> None:
         """Put all tokens of a dialogue but the last one into the cache."""
@@ -192,16 +239,19 @@ class SlotEngine:
     def _halve(self, error: torch.OutOfMemoryError) -> None:
         """Go on with half as many slots; what was written so far is fed again."""
         if self.num_slots // 2 < MIN_SLOTS:
-            raise ConfigError(
-                f"the model runs out of memory with {self.num_slots} dialogues of up to"
-                f" {self._max_tokens} tokens at a time; lower generate.max_tokens or use another"
-                " generate.engine."
-            ) from error
+            raise self._too_large(error) from error
         running = [slot.dialogue for slot in self._slots if slot is not None]
         waiting = [slot.dialogue for slot in self._waiting]
         self._waiting = deque(_Slot(dialogue) for dialogue in [*running, *waiting])
         self._set_slots(self.num_slots // 2)
         torch.cuda.empty_cache()
+
+    def _too_large(self, error: torch.OutOfMemoryError) -> ConfigError:
+        return ConfigError(
+            f"the model runs out of memory with {self.num_slots} dialogues of up to"
+            f" {self._max_tokens} tokens at a time ({str(error)[:80]}); lower generate.max_tokens"
+            " or generate.engine.num_slots, or use another generate.engine."
+        )
 
 
 def check_model(config: Any, max_tokens: int) -> None:
