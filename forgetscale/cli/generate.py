@@ -101,14 +101,14 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.config is None:
         raise ConfigError("give --config with a recipe, or --status with the folder of a run.")
-    recipe = load_generate_recipe(options.config, options.set)
-    kind = recipe.generate.engine.kind
+    wanted = load_generate_recipe(options.config, options.set)
+    kind = wanted.generate.engine.kind
     if options.print_engine:
         print(kind)
     elif kind == "zero3":
-        _generate_together(recipe)
+        _generate_together(wanted)
     else:
-        _generate(recipe)
+        _generate(wanted)
 
 
 def _generate_together(recipe: GenerateRecipe) -> None:

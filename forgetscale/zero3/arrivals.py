@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from forgetscale.zero3.world import World
 
