@@ -38,9 +38,15 @@ DS_CONFIG = {
 }
 
 
-def _first_share(recipe: dict[str, Any]) -> float:
-    """Return the share of rows that a recipe's mixture takes of its first set."""
-    shares = [part.share for part in open_data(validate_recipe(recipe).data).parts]
+def _first_share(recipe: dict[str, Any], data: dict[str, Any]) -> float:
+    """Return the share of rows that a mixture takes of its first set.
+
+    Args:
+        recipe: Any other sections of a recipe.
+        data: The mixture.
+    """
+    whole = recipe | {"data": data, "method": {"kind": "sft"}}
+    shares = [part.share for part in open_data(validate_recipe(whole).data).parts]
     return shares[0] / sum(shares)
 
 
@@ -296,7 +302,7 @@ class Miniature:
             target=target,
             folder=self.folder,
             seed=self.seed,
-            task_share=lambda data: _first_share(recipe | {"data": data}),
+            task_share=lambda data: _first_share(recipe, data),
             mean_gate=self._mean_gate,
             refusals=self._refusals,
         )
