@@ -43,7 +43,7 @@ from forgetscale.checkpoint.snapshot import (
     states_bytes,
 )
 from forgetscale.checkpoint.states import load_states
-from forgetscale.checkpoint.writing import Work, write_files
+from forgetscale.checkpoint.writing import Files, Work
 from forgetscale.errors import CheckpointError, DataError, ForgetScaleError
 from forgetscale.masks import FreezePlan
 from forgetscale.points import reach
@@ -60,7 +60,7 @@ class _Pending:
     state: RunState
     temporary: Path
     work: Work
-    hashes: dict[str, str]
+    files: Files
     begun: float
     num_bytes: int
     in_background: bool
@@ -150,6 +150,8 @@ class CheckpointStore:
             for path in self._directory.glob(".step-*"):
                 self._log(f"checkpoint: removing unfinished {path.name}")
                 shutil.rmtree(path)
+            for path in self._directory.glob(".latest.tmp-*"):
+                path.unlink()
 
         self._on_main(remove)
 
@@ -173,18 +175,18 @@ class CheckpointStore:
         temporary = Path(self._on_main(lambda: str(self._begin(final, sum(sizes)))))
         error: BaseException | None = None
         try:
-            files = files_of(engine, method_state, copies)
+            contents = files_of(engine, method_state, copies)
         except (RuntimeError, MemoryError) as found:
             error = found
         self._agree_or_remove(error, temporary)
         reach("save: states copied", temporary)
-        hashes: dict[str, str] = {}
-        work = Work(lambda: write_files(temporary, files, hashes), background=copies is not None)
+        files = Files(temporary, contents)
+        work = Work(files.write, background=copies is not None)
         self._pending = _Pending(
             state=state,
             temporary=temporary,
             work=work,
-            hashes=hashes,
+            files=files,
             begun=begun,
             num_bytes=sum(sizes),
             in_background=copies is not None,
@@ -208,9 +210,13 @@ class CheckpointStore:
         Raises:
             CheckpointError: A write failed on some rank; nothing half-written stays.
         """
-        pending, pause = self._pending, _FIRST_POLL
+        pending, pause, before = self._pending, _FIRST_POLL, -1.0
         while pending is not None:
-            ended = self._world.sum(torch.tensor([float(pending.work.ended)]))
+            mine = [float(pending.work.ended), float(pending.files.num_bytes)]
+            ended, written = self._world.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+            if wait and written > before:
+                self._world.watchdog.alive("writing a checkpoint")
+                before = written
             if int(ended) == self._world.size:
                 self._pending = None
                 self._publish(pending)
@@ -270,7 +276,7 @@ class CheckpointStore:
     def _publish(self, pending: _Pending) -> None:
         self._agree_or_remove(pending.work.error, pending.temporary)
         begun = time.perf_counter()
-        parts = self._world.gather_objects(pending.hashes)
+        parts = self._world.gather_objects(pending.files.hashes)
         known = {name: digest for part in parts for name, digest in part.items()}
         try:
             self._on_main(lambda: self._commit(pending, known))

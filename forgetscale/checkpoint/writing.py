@@ -28,12 +28,13 @@ def _bytes_of(chunk: bytes | Tensor) -> memoryview:
     return data
 
 
-def write_file(path: Path, chunks: Chunks) -> str:
+def write_file(path: Path, chunks: Chunks, tell: Callable[[int], None] = lambda size: None) -> str:
     """Write a new file, flush it to the disk, read it back and compare.
 
     Args:
         path: New file.
         chunks: Its content.
+        tell: Hears how many bytes were written since it last heard.
 
     Returns:
         SHA-256 of the content as it was in memory.
@@ -48,9 +49,11 @@ def write_file(path: Path, chunks: Chunks) -> str:
         reach("file: opened", path)
         for number, chunk in enumerate(chunks):
             data = _bytes_of(chunk)
+            size = len(data)
             digest.update(data)
             while len(data):  # the system may take less than it is given
                 data = data[file.write(data) :]
+            tell(size)
             if number == 0:
                 reach("file: begun", path)
         reach("file: written", path)
@@ -107,16 +110,31 @@ class Work:
             self._thread.join(seconds)
 
 
-def write_files(folder: Path, files: Mapping[str, Chunks], hashes: dict[str, str]) -> None:
-    """Write files below a folder and note their hashes.
+class Files:
+    """A rank's files of one checkpoint, and how far their writing is.
 
     Args:
         folder: Existing folder.
-        files: Relative name -> content.
-        hashes: Receives relative name -> SHA-256.
+        contents: Relative name -> content.
+
+    Attributes:
+        hashes: Relative name -> SHA-256 of what is written.
+        num_bytes: Bytes written so far.
     """
-    for name, chunks in files.items():
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
-        hashes[name] = write_file(path, chunks)
-    reach("save: rank done", folder)
+
+    def __init__(self, folder: Path, contents: Mapping[str, Chunks]) -> None:
+        self.hashes: dict[str, str] = {}
+        self.num_bytes = 0
+        self._folder = folder
+        self._contents = contents
+
+    def write(self) -> None:
+        """Write, flush and verify all of them."""
+        for name, chunks in self._contents.items():
+            path = self._folder / name
+            path.parent.mkdir(exist_ok=True)
+            self.hashes[name] = write_file(path, chunks, self._add)
+        reach("save: rank done", self._folder)
+
+    def _add(self, size: int) -> None:
+        self.num_bytes += size

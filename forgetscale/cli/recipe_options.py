@@ -59,5 +59,6 @@ def running_world(directory: Path) -> Iterator[tuple[World, RunLog]]:
             raise
         raise sentence from error
     finally:
+        world.watchdog.close()
         world.stop.close()
         stop_world()

@@ -147,6 +147,18 @@ def _write_report(output: Path, log: RunLog) -> None:
     log(f"report: {build_report([output], output)}")
 
 
+def watch(recipe: Recipe, world: World, log: RunLog) -> None:
+    """Let the run end with a report if it hangs, as the recipe says."""
+    if recipe.train.watchdog_s is not None:
+        world.watchdog.watch(
+            recipe.run.output_dir,
+            rank=world.rank,
+            size=world.size,
+            limit_seconds=recipe.train.watchdog_s,
+            log_path=log.path,
+        )
+
+
 def run(options: argparse.Namespace) -> None:
     """Run the command. Collective: every rank must call it."""
     recipe = read_recipe(options)
@@ -156,6 +168,7 @@ def run(options: argparse.Namespace) -> None:
     with running_world(output) as (world, log):
         world.on_main(lambda: check_inputs(recipe))
         world.on_main(lambda: open_run_folder(recipe))
+        watch(recipe, world, log)
         log(f"run {recipe.run.name}: {recipe.method.kind} on {world.size} ranks -> {output}")
         if recipe.evaluate.tasks:
             before = output / "results" / "source"

@@ -127,6 +127,9 @@ class TrainConfig:
     wait and takes no memory."""
     audit_every_steps: int = 100
     """Steps between hashes of all frozen elements, > 0."""
+    watchdog_s: float | None = 300.0
+    """Seconds without progress in a step after which a run that hangs is ended, > 0; saves,
+    evaluation and the first step may take four times as long. None watches nothing."""
     accumulation_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients of micro-batches are summed."""
     loss_chunk_size: int = 1024
@@ -147,6 +150,7 @@ class TrainConfig:
             "global_batch_size",
             "checkpoint_every_steps",
             "audit_every_steps",
+            "watchdog_s",
             "loss_chunk_size",
         ):
             value = getattr(self, name)

@@ -25,6 +25,7 @@ _MAY_CHANGE = (
     "train.checkpoint_mode",
     "train.keep_checkpoints",
     "train.audit_every_steps",
+    "train.watchdog_s",
     "train.export",
     "evaluate.",
 )

@@ -19,6 +19,7 @@ from forgetscale.engine.extras import LossExtras
 from forgetscale.engine.ledger import Ledger
 from forgetscale.engine.metrics import MetricsLog, memory_bytes
 from forgetscale.engine.micro_batches import MicroBatch, batches_of
+from forgetscale.engine.pace import AGREEMENT, COMPUTE, OPTIMIZER, ROWS, Pace
 from forgetscale.engine.step_loss import divide_by_weights, summarize_loss
 from forgetscale.errors import DataError, NonFiniteError, StoppedEarly
 from forgetscale.ops import IGNORE_INDEX
@@ -45,6 +46,7 @@ class Training:
     metrics: MetricsLog
     ledger: Ledger
     audit: FreezeAudit
+    pace: Pace
     progress: Progress
     num_steps: int
     num_micro_batches: int
@@ -110,6 +112,7 @@ def accumulate(
     world = engine.world
     loss_sum = torch.zeros((), dtype=torch.float32, device=world.device)
     for number, batch in enumerate(batches):
+        world.watchdog.beat(COMPUTE)
         here = batch.to(world.device)
         extra = here.extra if extras is None else {**here.extra, **extras.of_micro_batch(here)}
         loss = engine(
@@ -145,11 +148,13 @@ def train_step(job: Training, batch: StreamBatch, step: int) -> StepResult:
         document_mask=recipe.data.document_mask,
         extra=job.extras.of_rows(batch),
     )
+    world.watchdog.beat(COMPUTE)
     num_targets = count_targets(batches, world)
 
     record = LossRecord()
     loss_sum = accumulate(engine, job.method.loss, batches, num_targets, record, job.extras)
     shards = engine.shards
+    world.watchdog.beat(AGREEMENT)
     divide_by_weights(engine, job.method.loss, record, num_targets)
     lr = shards.lr = learning_rate(
         step,
@@ -162,6 +167,7 @@ def train_step(job: Training, batch: StreamBatch, step: int) -> StepResult:
         job.method.transform_gradients(shards, step)
         shards.write_gradients()
     sums, stop = _agree_finite(job, loss_sum, record, step)
+    world.watchdog.beat(OPTIMIZER)
     shards.freeze(decay=lr * optim.weight_decay)
     grad_norm = engine.step(lr)
     mean_loss, method_metrics = summarize_loss(job.method.loss, sums, num_targets)
@@ -262,7 +268,9 @@ def train_loop(job: Training) -> RunState:
             step = job.state.step + 1
             _refresh_if_due(job)
             start = time.perf_counter()
+            job.world.watchdog.begin_step(step, ROWS)
             batch = next(job.stream)
+            job.world.watchdog.batch(batch.row_ids)
             result = train_step(job, batch, step)
             seconds = time.perf_counter() - start
 
@@ -272,7 +280,8 @@ def train_loop(job: Training) -> RunState:
                 cursor=batch.cursor,
                 target_tokens=job.state.target_tokens + result.num_target_tokens,
             )
-            _log_step(job, result, batch, seconds)
+            job.world.watchdog.beat("between steps", slow=True)
+            _log_step(job, result, batch, seconds, job.pace.measure(step))
             progress.update(step, f"loss {result.loss:.4f}")
             last = step == job.num_steps
             saves = last or step % train.checkpoint_every_steps == 0 or result.stop
@@ -292,7 +301,13 @@ def train_loop(job: Training) -> RunState:
     return job.state
 
 
-def _log_step(job: Training, result: StepResult, batch: StreamBatch, seconds: float) -> None:
+def _log_step(
+    job: Training,
+    result: StepResult,
+    batch: StreamBatch,
+    seconds: float,
+    pace: Mapping[str, float],
+) -> None:
     optim = job.recipe.optim
     lr = learning_rate(
         job.state.step,
@@ -312,6 +327,7 @@ def _log_step(job: Training, result: StepResult, batch: StreamBatch, seconds: fl
             "tokens_per_second": result.num_target_tokens / seconds,
             "memory_bytes": memory_bytes(),
             "skipped_steps": job.engine.skipped_steps,
+            **pace,
             **_checkpoint_metrics(job.store),
             **batch.metrics,
             **{f"method/{name}": value for name, value in result.method_metrics.items()},

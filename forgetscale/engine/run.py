@@ -33,6 +33,7 @@ from forgetscale.engine.extras import keep_reference_record, open_extras
 from forgetscale.engine.ledger import Ledger
 from forgetscale.engine.loop import Evaluate, Training, train_loop
 from forgetscale.engine.metrics import MetricsLog, RunLog
+from forgetscale.engine.pace import Pace
 from forgetscale.engine.protection import Protection, settle_protection
 from forgetscale.engine.refresh import make_refresh
 from forgetscale.engine.start import SourceModel, open_source, start_engine
@@ -112,6 +113,7 @@ def train(
         metrics=metrics,
         ledger=ledger,
         audit=audit,
+        pace=Pace(world, log),
         progress=_progress(num_steps, state, log),
         num_steps=num_steps,
         num_micro_batches=accumulation_steps(recipe, world.size),

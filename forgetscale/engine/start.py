@@ -70,9 +70,10 @@ def open_source(recipe: Recipe, world: World) -> SourceModel:
     skeleton = build_skeleton(config)
     shapes = parameter_shapes(skeleton)
     folder.check_shapes(shapes)
-    mine = {
-        name: folder.hash_weight_file(name) for name in folder.files()[world.rank :: world.size]
-    }
+    mine = {}
+    for name in folder.files()[world.rank :: world.size]:
+        world.watchdog.alive("reading the source model")
+        mine[name] = folder.hash_weight_file(name)
     digests = {k: v for part in world.gather_objects(mine) for k, v in part.items()}
     digests["config.json"] = hash_file(path / "config.json")
     return SourceModel(folder, config, skeleton, shapes, hash_bytes(canonical_json(digests)))
@@ -121,7 +122,7 @@ def start_engine(
     config = engine_config(recipe, world.size)
     dtype = DTYPES[recipe.model.dtype]
     layout = plan_layout(recipe, source.skeleton, plan, adapters)
-    read = read or _reader(recipe, source, layout)
+    read = read or _reader(recipe, world, source, layout)
 
     def build() -> Any:
         model = construct(source.config)
@@ -150,13 +151,16 @@ def start_engine(
     return engine
 
 
-def _reader(recipe: Recipe, source: SourceModel, layout: CompactLayout | None) -> ReadSlice:
+def _reader(
+    recipe: Recipe, world: World, source: SourceModel, layout: CompactLayout | None
+) -> ReadSlice:
     """Return what gives slices of parameters: parts of the source's, or first values of factors."""
     pieces = {} if layout is None else layout.pieces
     pairs = {} if layout is None else layout.adapters
     pair_of = {name: pair for pair in pairs.values() for name in pair.factor_shapes()}
 
     def read(name: str, start: int, length: int, kind: torch.dtype) -> Tensor:
+        world.watchdog.alive("reading the source model")
         if name in pieces:
             piece = pieces[name]
             return piece.take_slice(source.folder.mapped(piece.matrix), start, length).to(kind)

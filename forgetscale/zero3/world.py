@@ -22,6 +22,7 @@ from torch import Tensor
 
 from forgetscale.errors import ForgetScaleError, ShardError, StoppedEarly
 from forgetscale.stop import StopRequest
+from forgetscale.watchdog import Watchdog
 
 T = TypeVar("T")
 TIMEOUT_MINUTES = 10
@@ -102,6 +103,8 @@ class World:
     device: torch.device
     stop: StopRequest = field(default_factory=StopRequest)
     """Whether this process was asked to stop."""
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    """Where this process is, for the report of a hang."""
 
     @property
     def is_main(self) -> bool:
@@ -127,6 +130,7 @@ class World:
         Raises:
             StoppedEarly: A rank was.
         """
+        self.watchdog.beat(when, slow=True)
         if float(self.sum(torch.tensor(float(self.stop.requested)))):
             raise StoppedEarly(f"stopped on request {when}; start the same command again to go on.")
 

@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def cases() -> list[Case]:
         *_kill("json: written", "manifest"),
         *_kill("publish: manifest written", short=True),
         *_kill("publish: renamed", published=True, short=True),
-        *_kill("json: written", "latest", published=True),
+        *_kill("json: written", "latest", published=True, short=True),
         *_kill("save: published", published=True),
     ]
     prunes = ("prune: old one renamed", "prune: old one removed")
@@ -209,7 +209,7 @@ class Row:
     @property
     def problem(self) -> str | None:
         """Return what is wrong, None if all is as it must be."""
-        expected = {"kill": (KILLED,), "instant": (KILLED, 0), "write fault": (FAILED,)}
+        expected = {"kill": (KILLED,), "instant": (KILLED,), "write fault": (FAILED,)}
         codes = expected.get(self.case.group, (KILLED,))
         if self.exit_code not in codes:
             return f"exit code {self.exit_code}, expected {codes[0]}"
@@ -226,9 +226,13 @@ class Row:
         return found | {"bit_equal": self.difference is None, "problem": self.problem}
 
 
+def _seconds(case: Case) -> float:
+    return float(case.point.split()[0])
+
+
 def _crash(case: Case, recipe: dict[str, Any]) -> Job:
     if case.group == "instant":
-        return Job("crash:train_for", {"recipe": recipe, "seconds": float(case.point.split()[0])})
+        return Job("crash:train_for", {"recipe": recipe, "seconds": _seconds(case)})
     if case.group == "damage":
         place = {"point": PLACES[0], "number": 6}
         return Job("crash:train_until", {"recipe": recipe, **place})
@@ -253,10 +257,15 @@ def run_cases(
     whole = runs.get(SSU, 1)
     rows = []
     for first in range(0, len(wanted), width):
-        group = wanted[first : first + width]
+        group = list(wanted[first : first + width])
         recipes = [runs.recipe(f"fault-{time.monotonic_ns()}-{i}", SSU) for i in range(len(group))]
         folders = [Path(recipe["run"]["output_dir"]) for recipe in recipes]
         crashes = ranks.run_all([_crash(c, r) for c, r in zip(group, recipes, strict=True)])
+        for i, recipe in enumerate(recipes):
+            while group[i].group == "instant" and crashes[i].codes == [0]:
+                shutil.rmtree(folders[i])  # it had ended before; the machine was faster this time
+                group[i] = replace(group[i], point=f"{_seconds(group[i]) / 2:.3f} s")
+                crashes[i] = ranks.run_all([_crash(group[i], recipe)])[0]
         for case, folder in zip(group, folders, strict=True):
             if case.group == "damage":
                 damage(case, sorted((folder / "checkpoints").glob("step-*"))[-1])

@@ -47,7 +47,6 @@ def test_fifty_random_instants(ranks: RankServer, runs: Runs):
     ranks.must("training:command", 1, recipe=recipe)
     rows = run_cases(ranks, runs, instants(50, time.monotonic() - begun))
     assert {row.case.name: row.problem for row in rows if row.problem} == {}
-    assert sum(row.exit_code == -signal.SIGKILL for row in rows) >= 40
 
 
 def test_names_are_unique():

@@ -23,6 +23,7 @@ import forgetscale.engine.loop as loop
 import forgetscale.points as points
 import forgetscale.zero3.shards as shards
 from forgetscale.cli import main
+from forgetscale.data import TokenStream
 from forgetscale.engine.metrics import MetricsLog
 from forgetscale.zero3 import World
 from tests.distributed.jobs import flip_bit
@@ -48,7 +49,7 @@ class Countdown:
             self.action()
 
 
-def before(event: Countdown, original: Any, when: Callable[..., bool]) -> Any:
+def before(event: Callable[[], None], original: Any, when: Callable[..., bool]) -> Any:
     """Wrap ``original``: the event happens first."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -288,4 +289,28 @@ def train_with_disk_slower_than_saves(recipe: dict, saves: int) -> None:
 def train_with_little_memory(recipe: dict) -> None:
     """Train where the node has no host memory left for copies of the states."""
     with mock.patch.object(store, "free_host_memory", lambda: 1000):
+        command(recipe)
+
+
+def hang(recipe: dict, step: int, rank: int) -> None:
+    """Train; one rank gets no rows for a step and waits for ever."""
+
+    def stuck() -> None:
+        time.sleep(1000)
+
+    original = TokenStream.__next__
+    event = Countdown(step, stuck, rank)
+    with mock.patch.object(TokenStream, "__next__", before(event, original, always)):
+        command(recipe)
+
+
+def lag(recipe: dict, seconds: float, rank: int) -> None:
+    """Train; one rank gets its rows late in every step."""
+
+    def late() -> None:
+        if dist.get_rank() == rank:
+            time.sleep(seconds)
+
+    original = TokenStream.__next__
+    with mock.patch.object(TokenStream, "__next__", before(late, original, always)):
         command(recipe)

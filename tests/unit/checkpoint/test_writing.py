@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from forgetscale import points
-from forgetscale.checkpoint.writing import Work, write_file, write_files
+from forgetscale.checkpoint.writing import Files, Work, write_file
 from forgetscale.errors import CheckpointError
 
 
@@ -74,10 +74,16 @@ def test_an_existing_file_is_never_written_over(tmp_path: Path):
 
 @pytest.mark.parametrize("background", [True, False])
 def test_work_keeps_its_error(tmp_path: Path, background: bool):
-    hashes: dict[str, str] = {}
-    work = Work(
-        lambda: write_files(tmp_path / "none" / "deep", {"a": [b"x"]}, hashes),
-        background=background,
-    )
+    files = Files(tmp_path / "none" / "deep", {"a": [b"x"]})
+    work = Work(files.write, background=background)
     work.wait()
-    assert work.ended and isinstance(work.error, FileNotFoundError) and not hashes
+    assert work.ended and isinstance(work.error, FileNotFoundError) and not files.hashes
+
+
+def test_files_tell_how_far_they_are(tmp_path: Path, at):
+    seen = []
+    files = Files(tmp_path, {"a": [b"1234", torch.ones(3)], "rng/b": [b"56"]})
+    at({"file: begun": lambda path: seen.append(files.num_bytes)})
+    files.write()
+    assert seen == [4, 18] and files.num_bytes == 18
+    assert sorted(files.hashes) == ["a", "rng/b"]
