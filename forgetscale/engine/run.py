@@ -19,6 +19,7 @@ from forgetscale.checkpoint import (
 from forgetscale.config import Recipe, recipe_dict
 from forgetscale.config.deepspeed import accumulation_steps
 from forgetscale.data import (
+    TokenStream,
     TrainingData,
     open_data,
     open_stream,
@@ -90,16 +91,7 @@ def train(
     world.on_main(lambda: _keep_records(recipe, data))
     mask = recipe.data.document_mask
     num_steps = num_train_steps(recipe, data.targets_per_row(document_mask=mask))
-    stream = open_stream(
-        data,
-        seed=recipe.data.shuffle_seed,
-        global_batch_size=recipe.train.global_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        cursor=state.cursor,
-        skips=settle_run_skips(recipe, world, data, state, log),
-        documents=mask,
-    )
+    stream = _open_stream(recipe, world, data, state, log)
     extras = open_extras(recipe, method.loss, data, world, source)
     metrics = MetricsLog(output, visible=world.is_main, step=state.step)
     job = Training(
@@ -144,6 +136,21 @@ def _begin(method: Method, engine: ZeroEngine, state: RunState, ledger: Ledger) 
         engine.shards.write_params()
     event = "resumed" if state.step else "started"
     ledger.note(event, step=state.step, cursor=state.cursor, ranks=engine.world.size)
+
+
+def _open_stream(
+    recipe: Recipe, world: World, data: TrainingData, state: RunState, log: Callable[[str], None]
+) -> TokenStream:
+    return open_stream(
+        data,
+        seed=recipe.data.shuffle_seed,
+        global_batch_size=recipe.train.global_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        cursor=state.cursor,
+        skips=settle_run_skips(recipe, world, data, state, log),
+        documents=recipe.data.document_mask,
+    )
 
 
 def _progress(num_steps: int, state: RunState, log: RunLog) -> Progress:
