@@ -7,7 +7,8 @@ where it stopped.
 
 Other studies of the same world: --study conflicts fine-tunes on a task whose data contradict facts
 the model knows, --study safety on one that undoes refusals, --study dialogues mixes text of the
-model's own into the task.
+model's own into the task. --study knowledge, in a world of its own, tunes on facts the model knows
+well or not at all and undoes part of it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from forgetscale.cli import knowledge_study
 from forgetscale.cli.miniature import Miniature
 from forgetscale.cli.stages import Terminal
 from forgetscale.cli.studies import STUDIES
 from forgetscale.errors import ConfigError
 from forgetscale.evaluation.report import build_report
 
+KNOWLEDGE = "knowledge"
 EXAMPLES = """examples:
   forgetscale quickstart
   forgetscale quickstart --methods sft ssu/paper hft --seeds 3 --output runs/three-seeds
@@ -39,12 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="where to write"
     )
     parser.add_argument(
-        "--study", choices=STUDIES, default="language", help="what is learned (default: language)"
+        "--study",
+        choices=(*STUDIES, KNOWLEDGE),
+        default="language",
+        help="what is learned (default: language)",
     )
     listed = "; ".join(
         f"{study.name}: {', '.join(study.methods)} (default: {' '.join(study.default_methods)})"
         for study in STUDIES.values()
     )
+    listed += f"; {KNOWLEDGE}: mastery group/conversations, such as 0/240/epochs (default: all)"
     parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"by study; {listed}")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[1], metavar="N", help="how many, or a list"
@@ -67,12 +74,12 @@ def seed_list(given: list[int]) -> list[int]:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    study = STUDIES[options.study]
-    methods = options.methods or study.default_methods
-    for name in methods:
-        if name not in study.methods:
+    is_knowledge = options.study == KNOWLEDGE
+    known = knowledge_study.METHODS if is_knowledge else STUDIES[options.study].methods
+    for name in options.methods or ():
+        if name not in known:
             raise ConfigError(
-                f"--methods: {name!r} is not one of {', '.join(study.methods)}; choose from these."
+                f"--methods: {name!r} is not one of {', '.join(known)}; choose from these."
             )
     for name in ("ranks", "jobs"):
         if getattr(options, name) < 1:
@@ -80,6 +87,22 @@ def run(options: argparse.Namespace) -> None:
     terminal = Terminal.open()
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // (options.ranks * options.jobs))
+    if is_knowledge:
+        report = knowledge_study.run_study(
+            options.output,
+            options.methods or known,
+            seed_list(options.seeds),
+            ranks=options.ranks,
+            jobs=options.jobs,
+            threads=threads,
+            ds_config=options.ds_config,
+            terminal=terminal,
+        )
+        terminal.line(f"report: {report}")
+        print(report)
+        return
+    study = STUDIES[options.study]
+    methods = options.methods or study.default_methods
     worlds = [
         Miniature(options.output, seed, options.ranks, threads, terminal, options.ds_config, study)
         for seed in seed_list(options.seeds)

@@ -9,9 +9,11 @@ recipe and no GPU, and gives the same bytes with any number of workers and ranks
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 
+from forgetscale.errors import ConfigError
 from forgetscale.knowledge.edits import (
     METHODS,
     RESCALES,
@@ -20,7 +22,20 @@ from forgetscale.knowledge.edits import (
     EditOptions,
     parse_fraction,
 )
-from forgetscale.knowledge.restore import check_output, describe, read_ranks, restore
+from forgetscale.knowledge.restore import Place, check_output, describe, read_ranks, restore
+from forgetscale.knowledge.selection import (
+    HTML_NAME,
+    JSON_NAME,
+    SOURCE,
+    TUNED,
+    Selection,
+    candidates,
+    check_selection,
+    is_selected,
+    run_selection,
+    selection_digest,
+    table,
+)
 from forgetscale.knowledge.setup import Request, open_setup
 from forgetscale.knowledge.work import start_process
 
@@ -28,6 +43,8 @@ EXAMPLES = """examples:
   forgetscale restore --source base --tuned runs/a/export --output out/a-20 --score relative --fraction 0.2
   forgetscale restore --source base --tuned tuned --output out/sweep --score relative \\
       --fraction 0.01 0.05 0.1 0.2 0.4 --controls      # one folder per fraction and control
+  forgetscale restore --source base --tuned tuned --output out/best --fraction 0.05 0.1 0.2 0.4 \
+      --controls --task-dir tasks --dev-tasks qa_dev --test-tasks qa_test   # choose, then report
   forgetscale restore --source base --tuned tuned --output out/x --score absolute --scope tensor \\
       --side bottom --fraction 0.8 --include mlp --dry-run
   forgetscale restore --source base --tuned tuned --output out/wise --method wise-ft --lambda 0.3
@@ -66,6 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="inverse: 1/(1-F); l1, l2: keep the norm of a change (default: none)")  # fmt: skip
     add("--controls", action="store_true",
         help="also write random, opposite-side and norm-matched scaled versions")  # fmt: skip
+    add("--also-score", nargs="+", default=[], choices=("relative", "absolute", "base"),
+        help="also put back the same share by these scores")  # fmt: skip
     add("--include", metavar="REGEX", help="edit only tensors whose name matches")
     add("--exclude", metavar="REGEX", help="leave tensors out whose name matches")
     add("--fisher", type=Path, metavar="FILE", help="safetensors with F by tensor name")
@@ -80,6 +99,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, metavar="N", help="local processes (default: cores, at most 8)")
     add("--rank", type=int, metavar="R", help="of independent ranks (default: RANK or 0)")
     add("--world-size", type=int, metavar="N", help="ranks (default: WORLD_SIZE or 1)")
+    choice = parser.add_argument_group("choosing one of several edits")
+    add = choice.add_argument
+    add("--task-dir", type=Path, metavar="DIR", help="tasks, as for forgetscale evaluate")
+    add("--dev-tasks", nargs="+", default=[], metavar="NAME", help="chat tasks that choose")
+    add("--test-tasks", nargs="+", default=[], metavar="NAME",
+        help="chat tasks that are reported, with intervals")  # fmt: skip
+    add("--batch-size", type=int, default=32, metavar="N", help="sequences at once (default: 32)")
+    add("--max-new-tokens", type=int, default=64, metavar="N",
+        help="longest generated answer; exact questions need none (default: 64)")  # fmt: skip
+    add("--keep", choices=("all", "chosen"), default="all",
+        help="chosen: remove the edited models that no kind of edit picked")  # fmt: skip
+    add = parser.add_argument
     add("--dry-run", action="store_true", help="check inputs, print exact counts, write nothing")
 
 
@@ -104,6 +135,7 @@ def read_request(options: argparse.Namespace) -> Request:
         gamma=parse_fraction(options.gamma),
         spread=parse_fraction(options.spread),
         controls=options.controls,
+        also_scores=tuple(options.also_score),
     )
     return Request(
         source=options.source,
@@ -113,6 +145,27 @@ def read_request(options: argparse.Namespace) -> Request:
         exclude=options.exclude,
         new_rows=options.new_rows,
         fisher=options.fisher,
+    )
+
+
+def read_selection(options: argparse.Namespace) -> Selection | None:
+    """Return what is asked to choose, or None.
+
+    Raises:
+        ConfigError: Only some of the options that belong together were given.
+    """
+    given = [bool(options.task_dir), bool(options.dev_tasks), bool(options.test_tasks)]
+    if not any(given):
+        return None
+    if not all(given):
+        raise ConfigError("--task-dir, --dev-tasks and --test-tasks go together; give all three.")
+    return Selection(
+        options.task_dir,
+        tuple(options.dev_tasks),
+        tuple(options.test_tasks),
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        keep=options.keep,
     )
 
 
@@ -127,7 +180,31 @@ def run(options: argparse.Namespace) -> None:
         check_output(request, place.output)
         print(describe(open_setup(request)))
         return
-    folders = restore(request, place, print)
+    selection = read_selection(options)
+    if selection is None:
+        folders = restore(request, place, print)
+        if place.rank == 0:
+            for name, folder in folders.items():
+                print(f"{name}: {folder}")
+        return
+    _restore_and_choose(request, place, selection)
+
+
+def _restore_and_choose(request: Request, place: Place, selection: Selection) -> None:
+    check_output(request, place.output)
+    listed = candidates(open_setup(request).plan.variants)
+    if len(listed) < 2 or request.options.method != "restore" or len(request.options.lambdas) > 1:
+        raise ConfigError(
+            "choosing needs --method restore with one --lambda and several --fraction or"
+            " --controls; one edit leaves nothing to choose."
+        )
+    digest = selection_digest(selection, request.digest(), check_selection(selection))
+    if not is_selected(place.output, digest):
+        folders = restore(request, place, print)
+        if place.rank > 0:
+            return
+        models = {SOURCE: request.source, TUNED: request.tuned[0], **folders}
+        run_selection(selection, listed, models, place.output, digest, print)
     if place.rank == 0:
-        for name, folder in folders.items():
-            print(f"{name}: {folder}")
+        print(table(json.loads((place.output / JSON_NAME).read_bytes())))
+        print(place.output / HTML_NAME)

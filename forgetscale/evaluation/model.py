@@ -205,6 +205,11 @@ class ModelEvaluator:
             decoding=self._options.decoding,
         )
 
+    def use(self, model: Any) -> None:
+        """Ask another model of the same tokenizer from now on, such as an edit of the first."""
+        self._loaded.model = model
+        self._likelihood = HuggingFaceLikelihood(model)
+
     @property
     def input_hashes(self) -> dict[str, str]:
         """Task name -> SHA-256 of its content; of a token set, whatever rows of it are used."""

@@ -127,6 +127,8 @@ class EditOptions:
     gamma: Fraction = Fraction(1, 100)
     spread: Fraction = Fraction(1, 10)
     controls: bool = False
+    also_scores: tuple[Score, ...] = ()
+    """Scores by which the same share is put back in further variants, for comparison."""
 
 
 @dataclass(slots=True)
@@ -196,6 +198,14 @@ def check_options(options: EditOptions, num_models: int, has_fisher: bool) -> No
         raise ConfigError(f"--fisher is not used by --method {method}; leave it out.")
     if options.controls and method != "restore":
         raise ConfigError("--controls are controls of --method restore.")
+    if options.also_scores and method != "restore":
+        raise ConfigError("--also-score belongs to --method restore; leave it out.")
+    for score in options.also_scores:
+        if score in ("fisher", "random", options.score):
+            raise ConfigError(
+                f"--also-score {score}: name relative, absolute or base, and not the --score itself"
+                " (random is among --controls, fisher needs a command of its own)."
+            )
     if not options.eps > 0:
         raise ConfigError(f"--eps must be > 0, got {options.eps}.")
     if not all(math.isfinite(value) for value in (*options.lambdas, *options.weights)):
@@ -275,6 +285,20 @@ def _controls(
     ]
 
 
+def _other_scores(
+    plan: EditPlan, options: EditOptions, fraction: Fraction, stem: str
+) -> list[Variant]:
+    """Return the same share put back by other scores."""
+    share = ("fraction", decimal(fraction))
+    found = []
+    for score in dict.fromkeys(options.also_scores):
+        ranking = Ranking(score, options.scope, 0, 0, options.eps, options.narrow)
+        drop = Drop("cut", (plan.cut(ranking, options.side, fraction, None),))
+        label = (("control", score), share)
+        found.append(Variant(f"{stem}-by-{score}", (drop,), (1.0,), label=label))
+    return found
+
+
 def plan_edits(options: EditOptions, num_models: int) -> EditPlan:
     """Return what is to be ranked, cut and written.
 
@@ -309,4 +333,6 @@ def plan_edits(options: EditOptions, num_models: int) -> EditPlan:
             if options.controls and fraction > 0:
                 original = len(plan.variants) - 1
                 plan.variants += _controls(plan, options, fraction, original, stem)
+            if fraction > 0:
+                plan.variants += _other_scores(plan, options, fraction, stem)
     return plan

@@ -185,7 +185,7 @@ def build_world(directory: Path, *, seed: int, size: WorldSize | None = None) ->
     return directory
 
 
-def _sources_hash() -> str:
+def sources_hash() -> str:
     """Return a hash of the code that generates worlds."""
     files = sorted(Path(__file__).parent.glob("*.py")) + [Path(checks.__file__)]
     return artifact.hash_bytes(
@@ -195,7 +195,7 @@ def _sources_hash() -> str:
 
 def world_path(cache_root: Path, seed: int, size: WorldSize | None = None) -> Path:
     """Return the folder of a world in the cache; its name holds a hash of all it depends on."""
-    parts = [seed, asdict(size or WorldSize()), _sources_hash()]
+    parts = [seed, asdict(size or WorldSize()), sources_hash()]
     digest = artifact.hash_bytes(artifact.canonical_json(parts))
     return Path(cache_root) / f"world-{seed}-{digest[:16]}"
 
