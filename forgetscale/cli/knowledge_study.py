@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ class KnowledgeWorld:
     terminal: Terminal
     ds_config: Path | None
     _world: Path | None = field(default=None, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
     def folder(self) -> Path:
@@ -245,7 +247,6 @@ class KnowledgeWorld:
                     for number, row in enumerate(list(distinct.values())[: CAPS[TEST]])
                 ]
                 _write_rows(tasks / f"{TRAINED}-{name}.jsonl", asked)
-                self._build(name, path, ROW_TOKENS, "--sft", "--packing", "none")
 
     def tunable(self, facts: Sequence[Row]) -> dict[int, list[Row]]:
         """Return group -> facts to tune on, of groups that hold enough."""
@@ -277,6 +278,9 @@ class KnowledgeWorld:
         count, steps = SETTINGS[setting]
         data = f"g{group}-{count}"
         name = f"{data}-steps{steps}"
+        with self._lock:  # two settings share the conversations
+            path = self.folder / "sft" / f"{data}.jsonl"
+            self._build(data, path, ROW_TOKENS, "--sft", "--packing", "none")
         self._train(name, self._recipe(name, steps, TASK_LR, TUNING_BATCH))
         self._sweep(name, data)
         return Run(
