@@ -86,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run one worker, or print the status of a run."""
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if options.status is not None:
         print("\n".join(read_status(options.status).lines()))
         return
@@ -130,7 +131,6 @@ def _print(payload: dict[str, Any]) -> None:
 
 
 def _generate(recipe: GenerateRecipe) -> None:
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     stop = StopRequest()
     stop.listen()
     try:

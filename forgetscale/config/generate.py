@@ -325,6 +325,9 @@ class GenerateConfig:
     lease_seconds: float = 60.0
     """A worker that shows no sign of life for this long loses its shards, > 0. Measured on the
     observer's own monotonic clock."""
+    copy_after_seconds: float | None = 60.0
+    """A worker that finds no free shard for this long begins an unfinished one again beside its
+    owner, >= 0; whoever has all of it first seals it. None: workers wait instead."""
     journal_rows: int = 8
     """Finished dialogues written to the journal at a time, > 0: what a kill can cost."""
     soft_targets: int = 0
@@ -343,6 +346,8 @@ class GenerateConfig:
         require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
         for name in ("max_tokens", "shard_size", "max_attempts", "lease_seconds", "journal_rows"):
             require(getattr(self, name) > 0, f"{name} must be > 0, got {getattr(self, name)}")
+        copy = self.copy_after_seconds
+        require(copy is None or copy >= 0, f"copy_after_seconds must be >= 0, got {copy}")
         require(self.over_generation >= 1, "over_generation must be >= 1")
         require_fraction("min_accepted_fraction", self.min_accepted_fraction)
         require(self.soft_targets >= 0, f"soft_targets must be >= 0, got {self.soft_targets}")

@@ -37,7 +37,10 @@ from forgetscale.zero3 import ArrivalWatch, World
 _PUBLISHING = 999_999
 """Shard number of the lease under which one worker publishes."""
 _NOT_TEXT = {
-    "": ("output_dir", "lease_seconds", "journal_rows", "min_accepted_fraction"),
+    "": (
+        *("output_dir", "lease_seconds", "copy_after_seconds", "journal_rows"),
+        "min_accepted_fraction",
+    ),
     "engine": ("num_slots", "tensor_parallel_size", "offload", "late_seconds"),
 }
 """Fields of ``generate`` that do not change what is written."""
@@ -189,6 +192,7 @@ def _work(run: _Run, engine: Engine, name: str, should_stop: Callable[[], bool])
         journal_rows=config.journal_rows,
         max_attempts=config.max_attempts,
         min_accepted_fraction=0.0 if run.source.num_ids else config.min_accepted_fraction,
+        copy_after_seconds=config.copy_after_seconds,
     )
     total = run.plan.total_ids(run.store)
     log_path = run.store.directory / "workers" / f"{name}.log"

@@ -33,7 +33,7 @@ import xxhash
 
 from forgetscale.artifact import canonical_json, fsync_path, hash_bytes
 from forgetscale.errors import ConfigError, DataError
-from forgetscale.generation.leases import Lease, LeaseTable, create_whole, lease_name
+from forgetscale.generation.leases import LeaseTable, create_whole, lease_name
 from forgetscale.generation.records import Sample, from_rows, row_schema, to_table
 
 RUN_FILE = "run.json"
@@ -163,17 +163,17 @@ class RunStore:
                 found.setdefault(sample.sample_id, sample)
         return found
 
-    def seal(self, lease: Lease, samples: Sequence[Sample]) -> bool:
+    def seal(self, shard: int, samples: Sequence[Sample]) -> bool:
         """Write a finished shard, unless it is sealed already.
 
         Args:
-            lease: The shard's lease.
+            shard: Its number.
             samples: All samples of the shard, in any order.
 
         Returns:
             False if another worker was first.
         """
-        path = self.shard_path(lease.shard)
+        path = self.shard_path(shard)
         table = to_table(sorted(samples, key=lambda sample: sample.sample_id), self.schema)
         temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(6)}")
         try:

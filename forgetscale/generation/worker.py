@@ -3,7 +3,8 @@
 Loop: while the engine has room, submit the next id of the shards this worker owns, taking another
 shard when those run out; let the engine work; journal what ended; seal a shard when its last id
 has ended. Slots are filled across shards, so a long dialogue at the end of one does not stop the
-others.
+others. A worker that finds nothing more to take begins a shard of another one again, from its last
+id backwards, beside its owner: whoever has all of it first seals it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import socket
 import threading
 import time
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +54,8 @@ class WorkerSettings:
         max_attempts: Tries of an id that fails, > 0.
         min_accepted_fraction: Stop if less is accepted, 0..1.
         order: Order in which the ids of a shard are begun.
+        copy_after_seconds: How long a worker is idle before it begins a shard again that another
+            one has, >= 0; None: it never does.
     """
 
     name: str
@@ -60,6 +64,7 @@ class WorkerSettings:
     max_attempts: int = 3
     min_accepted_fraction: float = 0.0
     order: Callable[[Sequence[int]], Sequence[int]] = tuple
+    copy_after_seconds: float | None = None
 
 
 def worker_name() -> str:
@@ -69,13 +74,19 @@ def worker_name() -> str:
 
 @dataclass(slots=True)
 class _Held:
-    """A shard this worker owns."""
+    """A shard this worker owns, or begins again beside its owner: without lease and journal."""
 
-    lease: Lease
-    journal: Journal
+    shard: int
+    lease: Lease | None
+    journal: Journal | None
     waiting: deque[int]
     size: int
     done: dict[int, Sample] = field(default_factory=dict)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another worker has taken it over."""
+        return self.lease is not None and not self.lease.is_current()
 
 
 class Worker:
@@ -112,6 +123,7 @@ class Worker:
         self._leases = store.leases(settings.name, settings.lease_seconds)
         self._held: dict[int, _Held] = {}
         self._lock = threading.Lock()
+        self._idle_since: float | None = None
         self._last_step = time.monotonic()
         self._heart_error: OSError | None = None
         self._log = _WorkerLog(store.directory / "workers" / f"{settings.name}.jsonl")
@@ -148,15 +160,17 @@ class Worker:
             raise self._heart_error
         if self._should_stop():
             for held in self._held.values():
-                held.journal.flush()
+                if held.journal is not None:
+                    held.journal.flush()
             raise StoppedEarly("stopped on request; start the same command again to go on.")
         has_more = self._fill()
         self._last_step = time.monotonic()
         if self._engine.num_busy:
             for dialogue in self._engine.step():
                 self._finish(dialogue)
+            self._idle_since = None
             return True
-        if has_more:
+        if has_more and not self._begin_again():
             time.sleep(min(1.0, self._settings.lease_seconds / 10))
         return has_more
 
@@ -206,11 +220,32 @@ class Worker:
         path = self._store.journal_path(lease.shard, lease.epoch)
         journal = Journal(path, self._store.schema, self._settings.journal_rows)
         waiting = deque(self._settings.order([item for item in ids if item not in done]))
-        held = _Held(lease, journal, waiting, len(ids), done)
+        self._hold(_Held(lease.shard, lease, journal, waiting, len(ids), done))
+
+    def _hold(self, held: _Held) -> None:
         with self._lock:
-            self._held[lease.shard] = held
-        if len(done) == len(ids):
+            self._held[held.shard] = held
+        if len(held.done) == held.size:
             self._seal(held)
+
+    def _begin_again(self) -> bool:
+        """Begin a shard of another worker again after some time without work; say whether."""
+        after, now = self._settings.copy_after_seconds, time.monotonic()
+        if self._idle_since is None:
+            self._idle_since = now
+        if after is None or now - self._idle_since < after:
+            return False
+        sealed = self._store.sealed()
+        shards = range(self._plan.num_shards(self._store))
+        unsealed = [item for item in shards if item not in sealed and item not in self._held]
+        if not unsealed:
+            return False
+        # Idle workers spread over what is left.
+        shard = unsealed[zlib.crc32(self._settings.name.encode()) % len(unsealed)]
+        ids, done = self._plan.shard_ids(shard), self._store.recover(shard)
+        waiting = deque(reversed(self._settings.order([n for n in ids if n not in done])))
+        self._hold(_Held(shard, None, None, waiting, len(ids), done))
+        return True
 
     def _finish(self, dialogue: Dialogue) -> None:
         """Keep a finished sample, or try a failed one again."""
@@ -223,33 +258,43 @@ class Worker:
         if sample.state == FAILED and sample.attempt + 1 < self._settings.max_attempts:
             self._submit(sample.sample_id, sample.attempt + 1)
             return
-        if not held.lease.is_current():
+        if self._store.shard_path(shard).exists():  # another one was first
+            self._drop(shard)
+            self._store.clean(shard, self._leases)
+            return
+        if held.is_lost:
             self._drop(shard)
             return
         held.done[sample.sample_id] = sample
-        held.journal.add(sample)
+        if held.journal is not None:
+            held.journal.add(sample)
+        else:
+            held.done |= self._store.recover(shard)  # what the owner committed counts
+            held.waiting = deque(item for item in held.waiting if item not in held.done)
         if len(held.done) == held.size:
             self._seal(held)
 
     def _seal(self, held: _Held) -> None:
-        shard = held.lease.shard
-        self._store.seal(held.lease, list(held.done.values()))
-        self._drop(shard)
-        self._store.clean(shard, self._leases)
+        self._store.seal(held.shard, list(held.done.values()))
+        self._drop(held.shard)
+        self._store.clean(held.shard, self._leases)
         self._log.write()
         self._check_yield()
 
     def _drop(self, shard: int) -> None:
         with self._lock:
             held = self._held.pop(shard)
-        held.journal.close()
+        if held.journal is not None:
+            held.journal.close()
 
     def _let_go(self) -> None:
         """Give unfinished shards back; on a full disk others find out after ``lease_seconds``."""
         for shard, held in list(self._held.items()):
             self._drop(shard)
             with contextlib.suppress(OSError):
-                if held.lease.is_current():
+                if self._store.shard_path(shard).exists():
+                    self._store.clean(shard, self._leases)
+                elif held.lease is not None and held.lease.is_current():
                     held.lease.release()
         with contextlib.suppress(OSError):
             self._log.write()
@@ -275,7 +320,7 @@ class Worker:
             with self._lock:
                 try:
                     for held in self._held.values():
-                        if held.lease.is_current():
+                        if held.lease is not None and held.lease.is_current():
                             held.lease.show_life()
                 except OSError as error:
                     self._heart_error = error

@@ -108,7 +108,14 @@ def make_plan(num_ids: int, shard_size: int = 8) -> SamplePlan:
 
 
 def make_worker(
-    folder: Path, num_ids: int, *, seed: int = 0, delay: float = 0.0, name: str = "", **settings
+    folder: Path,
+    num_ids: int,
+    *,
+    seed: int = 0,
+    delay: float = 0.0,
+    name: str = "",
+    in_order: bool = False,
+    **settings,
 ) -> Worker:
     store = RunStore.open(folder, DESCRIPTION)
     mixed = random.Random(seed)
@@ -120,7 +127,7 @@ def make_worker(
         WorkerSettings(
             name or f"worker-{seed}",
             journal_rows=2,
-            order=lambda ids: mixed.sample(list(ids), len(ids)),
+            order=tuple if in_order else lambda ids: mixed.sample(list(ids), len(ids)),
             **settings,
         ),
     )

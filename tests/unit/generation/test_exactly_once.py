@@ -145,10 +145,10 @@ def test_two_workers_on_one_shard_seal_once(tmp_path):
     second = store.leases("two", 60.0).acquire(0, 1)
     assert second.epoch == 2 and not first.is_current() and second.is_current()
     samples = [FakeDialogue(n, 0).sample() for n in range(8)]
-    assert store.seal(second, samples)
+    assert store.seal(second.shard, samples)
     before = sealed_bytes(tmp_path)
     samples[0].messages = [{"role": "user", "content": "of the one thought dead"}]
-    assert not store.seal(first, samples)  # cannot overwrite
+    assert not store.seal(first.shard, samples)  # cannot overwrite
     assert sealed_bytes(tmp_path) == before
 
 

@@ -89,3 +89,25 @@ def test_distance_from_the_source_falls_with_the_share_of_own_text():
     assert divergence[0] > 4 * divergence[2] > 0
     assert moved[-1] == pytest.approx(0, abs=1e-9)
     assert divergence[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_soft_targets_pull_on_no_sample_at_the_start():
+    """The divergence and its gradient are 0 in every context; of hard targets only the mean is."""
+    theta = table(0)
+    own = torch.softmax(theta, -1)
+    leaf = theta.clone().requires_grad_()
+    soft = (own * (torch.log(own) - torch.log_softmax(leaf, -1))).sum(-1)
+    (pull,) = torch.autograd.grad(soft.sum(), leaf)
+    assert float(soft.detach().abs().max()) < 1e-14
+    assert float(pull.abs().max()) < 1e-14
+    assert float(gradients(theta).norm(dim=1).min()) > 0.1
+
+
+def test_a_share_of_nothing_is_plain_training():
+    """Without own text the mixed loss is the task's loss, bit for bit."""
+    start, task = table(0), log_probs(table(1, 2.0)).exp()
+    theta = start.clone().requires_grad_()
+    for _ in range(20):
+        (grad,) = torch.autograd.grad(-(task * log_probs(theta)).sum(), theta)
+        theta = (theta - 1.0 * grad).detach().requires_grad_()
+    assert torch.equal(theta.detach(), trained(0.0, 20))
