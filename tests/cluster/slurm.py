@@ -157,8 +157,15 @@ class Cluster:
             if f"-N {name}" in command or f"SLURMD_NODENAME={name}" in _environ(int(pid)):
                 os.kill(int(pid), signal.SIGKILL)
 
+    def find_rank(self, recipe: Path) -> int:
+        """Return the process number of a training rank of a recipe (of any node)."""
+        lines = [line for line in self._processes() if str(recipe) in line]
+        ranks = [line for line in lines if "--local_rank" in line and "launcher" not in line]
+        assert ranks, lines
+        return int(ranks[0].split()[0])
+
     def _processes(self) -> list[str]:
-        found = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True)
+        found = subprocess.run(["ps", "-wweo", "pid=,args="], capture_output=True, text=True)
         own = str(os.getpid())
         return [line for line in found.stdout.splitlines() if line.split()[0] != own]
 
@@ -205,6 +212,8 @@ class Cluster:
             "REQUEUED",
             "SUSPENDED",
             "PREEMPTED",
+            "SIGNALING",
+            "STOPPED",
         ):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job} is {state.name} after {seconds:.0f} s")
