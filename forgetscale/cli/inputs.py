@@ -56,6 +56,8 @@ def check_inputs(recipe: Recipe) -> None:
     if plan is not None:
         load_plan(plan).check_model(shapes)
     evaluate = recipe.evaluate
+    if evaluate.refusal_probe is not None and evaluate.task_dir is not None:
+        check_task_names(evaluate.refusal_probe.tasks, evaluate.task_dir)
     if evaluate.tasks and evaluate.task_dir is not None:
         check_task_names(evaluate.tasks, evaluate.task_dir)
         for name in filter(is_harness, evaluate.tasks):

@@ -23,8 +23,11 @@ from forgetscale.evaluation import (
     evaluate_model,
 )
 from forgetscale.evaluation.model import model_length
+from forgetscale.evaluation.prompts import ChatPrompts
+from forgetscale.evaluation.refusal_probe import RefusalProbe
 from forgetscale.evaluation.report import build_report
 from forgetscale.evaluation.reuse import is_live_task, results_match
+from forgetscale.evaluation.tasks import load_chat_task
 from forgetscale.methods import METHODS
 from forgetscale.models import read_model_config
 from forgetscale.zero3 import World, ZeroEngine
@@ -46,13 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class _LiveModel:
     """``LikelihoodModel`` over the training engine."""
 
-    def __init__(self, engine: ZeroEngine) -> None:
+    def __init__(self, engine: ZeroEngine, *, hears_stops: bool = True) -> None:
         self._engine = engine
+        self._hears_stops = hears_stops
 
     @torch.no_grad()
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Score right-padded rows; causal attention keeps padding out of earlier positions."""
-        self._engine.world.stop_if_asked("during evaluation")
+        if self._hears_stops:
+            self._engine.world.stop_if_asked("during evaluation")
         device = self._engine.world.device
         nll, best = self._engine(input_ids.to(device), labels=input_ids.to(device), mode="score")
         return nll.cpu(), best.cpu()
@@ -92,6 +97,23 @@ def live_evaluation(recipe: Recipe) -> Callable[[ZeroEngine], list[dict[str, Any
         return [item.to_json() for item in evaluator.evaluate(_LiveModel(engine), collective)]
 
     return measure
+
+
+def refusal_probe(recipe: Recipe) -> Callable[[ZeroEngine], Mapping[str, float]] | None:
+    """Return a function that measures how likely refusals are, or None if nothing is asked for."""
+    section, task_dir = recipe.evaluate.refusal_probe, recipe.evaluate.task_dir
+    if section is None or task_dir is None:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, local_files_only=True)
+    probe = RefusalProbe(
+        [load_chat_task(task_dir, name) for name in section.tasks],
+        ChatPrompts(tokenizer),
+        num_prompts=section.num_prompts,
+        batch_size=recipe.evaluate.batch_size,
+    )
+    collective = ProcessGroupCollective()
+    # It is over in moments, and the step before it is not saved yet: no stop is heard in it.
+    return lambda engine: probe.measure(_LiveModel(engine, hears_stops=False), collective)
 
 
 def full_evaluation(recipe: Recipe, model: Path, output: Path, world: World, log: RunLog) -> None:
@@ -173,7 +195,7 @@ def run(options: argparse.Namespace) -> None:
         if recipe.evaluate.tasks:
             before = output / "results" / "source"
             full_evaluation(recipe, recipe.model.path, before, world, log)
-        train(recipe, method, world, log, live_evaluation(recipe))
+        train(recipe, method, world, log, live_evaluation(recipe), refusal_probe(recipe))
         if recipe.evaluate.tasks:
             full_evaluation(recipe, output / "export", output / "results" / "final", world, log)
             world.on_main(lambda: _write_report(output, log))

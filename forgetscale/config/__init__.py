@@ -85,6 +85,7 @@ from forgetscale.config.recipe import (
     ModelConfig,
     OptimConfig,
     Recipe,
+    RefusalProbeConfig,
     RunConfig,
     TrainConfig,
 )
@@ -123,6 +124,7 @@ __all__ = [
     "L2SpMethodConfig",
     "OsfMethodConfig",
     "RefreshConfig",
+    "RefusalProbeConfig",
     "STRUCTURES_OF",
     "CalibrationConfig",
     "CrossEntropyLossConfig",

@@ -162,6 +162,27 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RefusalProbeConfig:
+    """How likely refusals are, by teacher forcing, in the metrics of every few steps."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    every_steps: int = 50
+    """Steps between measurements, > 0; the first and the last step are measured too."""
+    tasks: tuple[str, ...] = ("refusal",)
+    """Tasks of kind ``refusal`` or ``no_refusal`` below ``task_dir``."""
+    num_prompts: int = 32
+    """Prompts used of each task, > 0; one sequence for each opening of a refusal."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("every_steps", "num_prompts"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} must be > 0, got {value}")
+        require(len(self.tasks) > 0, "tasks is empty; name a task or leave refusal_probe out")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
     """What is measured before, during and after training."""
 
@@ -180,6 +201,8 @@ class EvaluateConfig:
     live_tasks: tuple[str, ...] | None = None
     """Tasks measured during training; None takes every ``tasks`` entry that needs no generation.
     Tasks of lm-evaluation-harness that generate may be named: a forward call per token."""
+    refusal_probe: RefusalProbeConfig | None = None
+    """Probability of refusals in ``metrics.jsonl`` and TensorBoard; None measures none."""
     allow_code: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness whose Python files may be run; others that have any are
     refused."""
@@ -189,6 +212,10 @@ class EvaluateConfig:
         require(
             not self.tasks or self.task_dir is not None,
             "tasks need task_dir, the folder they are in",
+        )
+        require(
+            self.refusal_probe is None or self.task_dir is not None,
+            "refusal_probe needs task_dir, the folder its tasks are in",
         )
         for name in ("every_steps", "batch_size", "max_new_tokens"):
             value = getattr(self, name)

@@ -31,6 +31,9 @@ from forgetscale.zero3 import World, ZeroEngine
 Evaluate = Callable[[ZeroEngine], list[dict[str, Any]]]
 """Measures the live model. Collective: every rank must call it."""
 
+Probe = Callable[[ZeroEngine], Mapping[str, float]]
+"""Looks at the live model between steps. Collective: every rank must call it."""
+
 
 @dataclass(slots=True)
 class Training:
@@ -51,6 +54,7 @@ class Training:
     num_steps: int
     num_micro_batches: int
     evaluate: Evaluate | None
+    probe: Probe | None
     refresh: Callable[[int], None]
     """Lets the method measure again after so many steps. Collective."""
     state: RunState
@@ -281,7 +285,8 @@ def train_loop(job: Training) -> RunState:
                 target_tokens=job.state.target_tokens + result.num_target_tokens,
             )
             job.world.watchdog.beat("between steps", slow=True)
-            _log_step(job, result, batch, seconds, job.pace.measure(step))
+            more = {**job.pace.measure(step), **_probe_if_due(job)}
+            _log_step(job, result, batch, seconds, more)
             progress.update(step, f"loss {result.loss:.4f}")
             last = step == job.num_steps
             saves = last or step % train.checkpoint_every_steps == 0 or result.stop
@@ -301,12 +306,25 @@ def train_loop(job: Training) -> RunState:
     return job.state
 
 
+def _probe_if_due(job: Training) -> Mapping[str, float]:
+    """Return what the probe finds after the first, the last and every few steps, else nothing."""
+    section, step = job.recipe.evaluate.refusal_probe, job.state.step
+    if job.probe is None or section is None:
+        return {}
+    if step not in (1, job.num_steps) and step % section.every_steps:
+        return {}
+    job.engine.set_training(False)
+    found = job.probe(job.engine)
+    job.engine.set_training(True)
+    return found
+
+
 def _log_step(
     job: Training,
     result: StepResult,
     batch: StreamBatch,
     seconds: float,
-    pace: Mapping[str, float],
+    more: Mapping[str, float],
 ) -> None:
     optim = job.recipe.optim
     lr = learning_rate(
@@ -327,10 +345,10 @@ def _log_step(
             "tokens_per_second": result.num_target_tokens / seconds,
             "memory_bytes": memory_bytes(),
             "skipped_steps": job.engine.skipped_steps,
-            **pace,
             **_checkpoint_metrics(job.store),
             **batch.metrics,
             **{f"method/{name}": value for name, value in result.method_metrics.items()},
+            **more,
         }
     )
 

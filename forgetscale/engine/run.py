@@ -32,7 +32,7 @@ from forgetscale.engine.data_state import (
 )
 from forgetscale.engine.extras import keep_reference_record, open_extras
 from forgetscale.engine.ledger import Ledger
-from forgetscale.engine.loop import Evaluate, Training, train_loop
+from forgetscale.engine.loop import Evaluate, Probe, Training, train_loop
 from forgetscale.engine.metrics import MetricsLog, RunLog
 from forgetscale.engine.pace import Pace
 from forgetscale.engine.protection import Protection, settle_protection
@@ -59,12 +59,18 @@ def num_train_steps(recipe: Recipe, targets_per_row: Fraction | int) -> int:
     return -(-recipe.train.num_target_tokens // per_step)
 
 
+def _num_steps(recipe: Recipe, data: TrainingData) -> int:
+    mask = recipe.data.document_mask
+    return num_train_steps(recipe, data.targets_per_row(document_mask=mask))
+
+
 def train(
     recipe: Recipe,
     method: Method,
     world: World,
     log: RunLog,
     evaluate: Evaluate | None = None,
+    probe: Probe | None = None,
 ) -> RunState:
     """Run a recipe to its end, resuming from the newest good checkpoint if there is one.
 
@@ -74,6 +80,7 @@ def train(
         world: This process among all.
         log: Log of the run.
         evaluate: Measures the live model, or None.
+        probe: Measures the live model for the metrics of a step, or None.
 
     Collective: every rank must call it.
     """
@@ -89,11 +96,9 @@ def train(
     state = _resume(recipe, world, store, engine, method, kept, data, source, audit, log)
     _begin(method, engine, state, ledger)
     world.on_main(lambda: _keep_records(recipe, data))
-    mask = recipe.data.document_mask
-    num_steps = num_train_steps(recipe, data.targets_per_row(document_mask=mask))
+    num_steps = _num_steps(recipe, data)
     stream = _open_stream(recipe, world, data, state, log)
     extras = open_extras(recipe, method.loss, data, world, source)
-    metrics = MetricsLog(output, visible=world.is_main, step=state.step)
     job = Training(
         recipe=recipe,
         world=world,
@@ -102,7 +107,7 @@ def train(
         stream=stream,
         extras=extras,
         store=store,
-        metrics=metrics,
+        metrics=MetricsLog(output, visible=world.is_main, step=state.step),
         ledger=ledger,
         audit=audit,
         pace=Pace(world, log),
@@ -110,13 +115,14 @@ def train(
         num_steps=num_steps,
         num_micro_batches=accumulation_steps(recipe, world.size),
         evaluate=evaluate,
+        probe=probe,
         refresh=make_refresh(recipe, world, source, method, engine, store, log),
         state=state,
     )
     try:
         state = train_loop(job)
     finally:
-        metrics.close()
+        job.metrics.close()
     extras.close()
     if recipe.train.export:
         export_run(recipe, world, source, kept, engine, state, output / EXPORT_FOLDER, log)
