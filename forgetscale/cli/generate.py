@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from forgetscale.cli.recipe_options import running_world
 from forgetscale.config import GenerateRecipe, load_generate_recipe, load_recipe
 from forgetscale.errors import ConfigError
+from forgetscale.generation.central import select_central
 from forgetscale.generation.engines.zero3 import require_launcher
 from forgetscale.generation.run import run_group, run_worker
 from forgetscale.generation.soft_targets import write_soft_cache
@@ -33,6 +34,8 @@ EXAMPLES = """examples:
   forgetscale generate --status runs/self                 how far it is
   forgetscale generate --soft-cache train.yaml --dialogues runs/self/dialogues
   forgetscale generate --style train.yaml --tuned runs/a/export --output runs/a/results
+  forgetscale generate --keep-central 200 --dialogues runs/ssr/dialogues --encoder models/roberta \\
+      --output runs/ssr-kept                              last stage of dialogue kind ssr
   python -m data_prep build --sft --input runs/self/dialogues --tokenizer MODEL \\
       --block-size 4096 --output data/self-4096
 
@@ -75,7 +78,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " with --tuned drift; writes style.json into --output",
     )
     parser.add_argument("--tuned", type=Path, metavar="DIR", help="model folder after training")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for style.json")
+    parser.add_argument(
+        "--keep-central",
+        type=int,
+        metavar="N",
+        help="write a diverse, central part of --dialogues into --output",
+    )
+    parser.add_argument("--encoder", type=Path, metavar="DIR", help="embeds for --keep-central")
+    parser.add_argument("--clusters", type=int, default=20, metavar="K", help="of --keep-central")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder of --style or --keep-central"
+    )
     parser.add_argument(
         "--print-engine", action="store_true", help="print generate.engine.kind, and stop"
     )
@@ -99,6 +112,9 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.soft_cache is not None:
         _write_soft_cache(options)
+        return
+    if options.keep_central is not None:
+        _keep_central(options)
         return
     if options.config is None:
         raise ConfigError("give --config with a recipe, or --status with the folder of a run.")
@@ -141,6 +157,21 @@ def _generate(recipe: GenerateRecipe) -> None:
         )
     finally:
         stop.close()
+    _print(payload)
+
+
+def _keep_central(options: argparse.Namespace) -> None:
+    if len(options.dialogues) != 1 or options.encoder is None or options.output is None:
+        raise ConfigError(
+            "--keep-central needs one --dialogues folder, --encoder, a model folder, and --output."
+        )
+    payload = select_central(
+        options.dialogues[0],
+        options.output,
+        options.encoder,
+        num_kept=options.keep_central,
+        num_clusters=options.clusters,
+    )
     _print(payload)
 
 

@@ -123,7 +123,7 @@ class PromptsDialogueConfig:
     """Given prompts; every one of them is answered, nothing is left out."""
     path: Path
     """JSON lines with ``messages`` (a last assistant turn is ignored) or ``prompt``; ``id`` is
-    copied."""
+    copied. Or the result folder of another generation, whose prompts are answered again."""
     samples_per_prompt: int = 1
     """Answers to each prompt, > 0."""
     assistant: SamplingConfig = field(
@@ -175,8 +175,8 @@ class SsrDialogueConfig:
     """Self-synthesised rehearsal: new instances of a task by in-context learning.
 
     Source: arXiv:2403.01244, first stage: a plain text prompt of two demonstrations and an open
-    input label. Answer the kept instructions again with the latest model by a run of kind
-    ``prompts``.
+    input label. ``forgetscale generate --keep-central`` then keeps a diverse part, and a run of
+    kind ``prompts`` on that folder answers it again with the latest model.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from forgetscale.artifact import ArtifactWriter
+from forgetscale.artifact import ArtifactWriter, canonical_json, hash_bytes, read_manifest
 from forgetscale.config.generate import GenerateConfig
 from forgetscale.generation.filters import duplicate_flags, first_user_turn
 from forgetscale.generation.records import ACCEPTED, FIELDS, STATES, Sample, to_table
@@ -159,6 +159,15 @@ class ResultNumbers:
                 role: self._nll[role] / self._scored[role] for role in roles if self._scored[role]
             },
         }
+
+
+def content_hash(directory: Path) -> str:
+    """Return the hash over the files of a result; when and by what it was made does not count.
+
+    Raises:
+        DataError: It is no result.
+    """
+    return hash_bytes(canonical_json(read_manifest(directory, KIND)["files"]))
 
 
 def result_files(directory: Path) -> Sequence[Path]:

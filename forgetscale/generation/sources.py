@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgetscale.artifact import hash_file
+import pyarrow.parquet as pq
+
+from forgetscale.artifact import hash_file, verify_artifact
 from forgetscale.config.generate import (
     OWN_INSTRUCTION,
     TOPIC_INSTRUCTION,
@@ -28,6 +30,7 @@ from forgetscale.generation.dialogues import (
 )
 from forgetscale.generation.engines.base import Dialogue
 from forgetscale.generation.rehearsal import InContextDialogue, RewriteDialogue, ordered_choice
+from forgetscale.generation.result import KIND, content_hash, result_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +50,16 @@ def read_rows(path: Path, field: str) -> list[Row]:
     """Return the conversations of a file of JSON lines.
 
     Args:
-        path: The file; rows have ``messages``, or ``prompt`` and maybe ``completion``.
+        path: The file; rows have ``messages``, or ``prompt`` and maybe ``completion``. Or the
+            result folder of another generation.
         field: Recipe field that names it.
 
     Raises:
         ConfigError: The file or a line is not as expected.
+        DataError: The folder is no result, or damaged.
     """
+    if Path(path).is_dir():
+        return _written_rows(Path(path))
     rows = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -68,6 +75,16 @@ def read_rows(path: Path, field: str) -> list[Row]:
     if not rows:
         raise ConfigError(f"{field}: {path} holds no rows; check the path.")
     return rows
+
+
+def _written_rows(directory: Path) -> list[Row]:
+    """Return the conversations of a result folder."""
+    verify_artifact(directory, KIND)
+    return [
+        Row(str(row["sample_id"]), row["messages"])
+        for path in result_files(directory)
+        for row in pq.read_table(path, columns=["sample_id", "messages"]).to_pylist()
+    ]
 
 
 def _row(value: Any, number: int) -> Row:
@@ -105,7 +122,8 @@ def input_files(config: GenerateConfig) -> dict[str, str]:
     found = {}
     for name, path in paths:
         try:
-            found[name] = hash_file(Path(path))
+            is_folder = Path(path).is_dir()
+            found[name] = content_hash(Path(path)) if is_folder else hash_file(Path(path))
         except OSError as error:
             raise ConfigError(
                 f"generate.{name}: {path} cannot be read ({error.strerror}); check the path."

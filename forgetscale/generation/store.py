@@ -179,10 +179,14 @@ class RunStore:
         try:
             pq.write_table(table, temporary, compression="zstd")
             fsync_path(temporary)
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except FileNotFoundError:
+            # Whoever sealed the shard has cleared away what others had half-written.
+            if not path.exists():
+                raise
+            return False
         finally:
             temporary.unlink(missing_ok=True)
         fsync_path(path.parent)

@@ -243,6 +243,8 @@ class Worker:
         # Idle workers spread over what is left.
         shard = unsealed[zlib.crc32(self._settings.name.encode()) % len(unsealed)]
         ids, done = self._plan.shard_ids(shard), self._store.recover(shard)
+        if self._store.shard_path(shard).exists():
+            return True  # sealed since the folder was listed
         waiting = deque(reversed(self._settings.order([n for n in ids if n not in done])))
         self._hold(_Held(shard, None, None, waiting, len(ids), done))
         return True

@@ -8,8 +8,9 @@ import pytest
 
 from forgetscale.config import validate_generate_recipe
 from forgetscale.errors import ConfigError
+from forgetscale.generation import store as store_module
 from forgetscale.generation.store import RunStore
-from tests.unit.generation.fake import DESCRIPTION, make_worker, sealed_bytes
+from tests.unit.generation.fake import DESCRIPTION, FakeDialogue, make_worker, sealed_bytes
 
 NUM_IDS = 61
 
@@ -67,6 +68,24 @@ def test_workers_that_all_copy_seal_every_shard_once(expected, tmp_path):
         thread.join(60)
         assert not thread.is_alive()
     assert sealed_bytes(tmp_path) == expected
+
+
+def test_a_half_written_file_that_the_first_sealer_cleared(tmp_path, monkeypatch):
+    """The second one finds its file gone: the shard is sealed, nothing is wrong."""
+    store = RunStore.open(tmp_path, DESCRIPTION)
+    samples = [FakeDialogue(n, 0).sample() for n in range(8)]
+    real = store_module.fsync_path
+
+    def slow(path):
+        if ".tmp-" in path.name:
+            monkeypatch.undo()
+            assert store.seal(0, samples)
+            store.clean(0, store.leases("first", 60.0))
+        real(path)
+
+    monkeypatch.setattr(store_module, "fsync_path", slow)
+    assert not store.seal(0, samples)
+    assert list(sealed_bytes(tmp_path)) == ["shard-000000.parquet"]
 
 
 def test_without_the_field_workers_wait(tmp_path):
