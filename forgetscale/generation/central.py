@@ -98,7 +98,8 @@ def _starts(points: np.ndarray, count: int, rng: np.random.Generator) -> np.ndar
         else:  # only copies of chosen points are left
             left = np.setdiff1d(np.arange(len(points)), chosen)
             chosen.append(int(rng.choice(left)))
-    return points[chosen].copy()
+    starts: np.ndarray = points[chosen]
+    return starts
 
 
 def _lloyd(points: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -125,8 +126,9 @@ def quotas(sizes: Sequence[int], total: int) -> list[int]:
     whole = sum(sizes)
     if not 0 <= total <= whole:
         raise ValueError(f"{total} of {whole} members are wanted")
-    kept = [size * total // whole for size in sizes]
-    order = sorted(range(len(sizes)), key=lambda k: (-(sizes[k] * total % whole), k))
+    share = max(whole, 1)
+    kept = [size * total // share for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda k: (-(sizes[k] * total % share), k))
     for cluster in order[: total - sum(kept)]:
         kept[cluster] += 1
     return kept
