@@ -84,7 +84,8 @@ def k_means(
 def _distances(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """Return squared distances, ``[N, K]``."""
     squares = (points**2).sum(1)[:, None] - 2 * points @ centres.T + (centres**2).sum(1)
-    return np.maximum(squares, 0.0)
+    found: np.ndarray = np.maximum(squares, 0.0)
+    return found
 
 
 def _starts(points: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -98,8 +99,7 @@ def _starts(points: np.ndarray, count: int, rng: np.random.Generator) -> np.ndar
         else:  # only copies of chosen points are left
             left = np.setdiff1d(np.arange(len(points)), chosen)
             chosen.append(int(rng.choice(left)))
-    starts: np.ndarray = points[chosen]
-    return starts
+    return points[chosen]
 
 
 def _lloyd(points: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
