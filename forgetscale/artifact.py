@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import subprocess
@@ -41,6 +42,35 @@ _RECORDED_PACKAGES = (
     "tokenizers",
     "numpy",
 )
+
+
+RECORDED_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "DS_ACCELERATOR",
+    "HF_HUB_OFFLINE",
+    "LOCAL_WORLD_SIZE",
+    "NCCL_ALGO",
+    "NCCL_P2P_DISABLE",
+    "NCCL_PROTO",
+    "NCCL_SOCKET_IFNAME",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS",
+    "PYTHONHASHSEED",
+    "PYTORCH_ALLOC_CONF",
+    "SLURM_CLUSTER_NAME",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NUM_NODES",
+    "SLURM_JOB_PARTITION",
+    "SLURM_RESTART_COUNT",
+    "TOKENIZERS_PARALLELISM",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "WORLD_SIZE",
+)
+"""Names of environment variables that a record may hold; anything else may be a secret."""
+_SECRET_NAME = r"(?:token|secret|passw(?:or)?d|api[_-]?key|credential)"
+_NAMED_SECRET = re.compile(rf"(\w*{_SECRET_NAME}(?:_\w*)?\s*[=:]\s*)\S+", re.IGNORECASE)
+_URL_PASSWORD = re.compile(r"(\w+://[^/\s:@]*:)[^/\s@]+@")
+_TOKEN = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[A-Za-z0-9_-]{10,}")
 
 
 def canonical_json(value: Any) -> bytes:
@@ -126,10 +156,30 @@ def recorded_day() -> str:
     return time.strftime("%Y-%m-%d", time.gmtime(_seconds()))
 
 
+def redacted(arguments: Iterable[str]) -> list[str]:
+    """Return command-line arguments without what looks like a secret."""
+    shown = []
+    for argument in arguments:
+        argument = _URL_PASSWORD.sub(r"\1***@", argument)
+        argument = _NAMED_SECRET.sub(r"\1***", argument)
+        shown.append(_TOKEN.sub("***", argument))
+    return shown
+
+
+def recorded_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the variables that may be recorded: a fixed list of names, never all of them.
+
+    Args:
+        environment: Variables; None takes those of this process.
+    """
+    found = os.environ if environment is None else environment
+    return {name: found[name] for name in RECORDED_VARIABLES if name in found}
+
+
 def provenance(recipe: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return what made an artefact: command, package versions, commit and resolved recipe."""
     made_by: dict[str, Any] = {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": redacted([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": _versions(),
         "commit": _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_seconds())),
@@ -348,7 +398,11 @@ def read_manifest(directory: Path, kind: str | None = None) -> dict[str, Any]:
 
 
 def verify_artifact(
-    directory: Path, kind: str | None = None, *, only: Iterable[str] | None = None
+    directory: Path,
+    kind: str | None = None,
+    *,
+    only: Iterable[str] | None = None,
+    closed: bool = False,
 ) -> dict[str, Any]:
     """Check size and SHA-256 of the files an artefact lists, and that there are no others.
 
@@ -356,6 +410,7 @@ def verify_artifact(
         directory: Artefact folder.
         kind: Expected kind; None accepts any.
         only: Check these relative names instead of all files.
+        closed: Refuse files that are not listed with ``only`` too, and a folder that is a link.
 
     Returns:
         The manifest.
@@ -364,10 +419,12 @@ def verify_artifact(
         DataError: A file is missing, extra or changed; the message names it.
     """
     directory = Path(directory)
+    if closed and directory.is_symlink():
+        raise DataError(f"{directory} is a symbolic link; put the folder itself there.")
     manifest = read_manifest(directory, kind)
     files = manifest["files"]
     present = {path.relative_to(directory).as_posix() for path in list_files(directory)}
-    if only is None and (extra := sorted(present - set(files))):
+    if (closed or only is None) and (extra := sorted(present - set(files))):
         raise DataError(
             f"{directory / extra[0]} is not listed in the manifest; remove it or make the"
             " artefact again."

@@ -41,6 +41,10 @@ class NonFiniteError(ForgetScaleError):
     """A loss or gradient is NaN or infinite; the weights were not touched."""
 
 
+class RetentionError(ForgetScaleError):
+    """The run lost more of the source model's abilities than its recipe allows."""
+
+
 class StoppedEarly(ForgetScaleError):
     """The run was asked to stop, wrote a checkpoint, and can be started again."""
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from transformers import AutoTokenizer
 
 from forgetscale.analysis.landscape_numbers import (
     QUADRANTS,
@@ -37,6 +36,7 @@ from forgetscale.engine import RunLog, open_source
 from forgetscale.engine.start import start_engine
 from forgetscale.errors import ConfigError, DataError
 from forgetscale.evaluation.report.drawing import require_matplotlib
+from forgetscale.models import load_tokenizer
 from forgetscale.ops.observe import landscape_observer
 from forgetscale.progress import Progress
 from forgetscale.zero3 import World
@@ -271,7 +271,7 @@ def describe(
         borders: Where quadrants meet.
         count: Samples and tokens to name.
     """
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, local_files_only=True)
+    tokenizer = load_tokenizer(recipe.model.path)
     first, last = looks[0], looks[-1]
     texts = first.place.texts(data)
     views = [(item.name, item.tokens) for item in looks]

@@ -82,6 +82,7 @@ class CheckpointStore:
 
     Attributes:
         num_waits: Saves that had to wait for the one before them.
+        pinned: Steps whose checkpoints are kept beside the newest ones.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class CheckpointStore:
         self._pruning: Work | None = None
         self._reports: list[SaveReport] = []
         self.num_waits = 0
+        self.pinned: frozenset[int] = frozenset()
 
     def steps(self) -> list[int]:
         """Return the steps of the folders that carry a checkpoint's name, ascending."""
@@ -338,6 +340,8 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         for step in self.steps()[: -self._keep]:
+            if step in self.pinned:
+                continue
             # Renamed first: what a crash leaves of it never looks like a checkpoint.
             old = self.path(step)
             leaving = old.with_name(f".{old.name}.old")
@@ -395,7 +399,7 @@ class CheckpointStore:
             try:
                 manifest = read_manifest(path, KIND)
                 share = sorted(manifest["files"])[self._world.rank :: self._world.size]
-                verify_artifact(path, KIND, only=None if self._world.size == 1 else share)
+                verify_artifact(path, KIND, only=share, closed=True)
             except DataError as found:
                 problem = str(found)
             except OSError as found:

@@ -13,6 +13,7 @@ from forgetscale.cli.train import measure_folder
 from forgetscale.config import EvaluateConfig
 from forgetscale.errors import ConfigError
 from forgetscale.evaluation import available_tasks
+from forgetscale.models import trust_code
 
 EXAMPLES = """examples:
   forgetscale evaluate --model runs/a/export --task-dir tasks --output results/a
@@ -38,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="tasks of lm-evaluation-harness whose Python files may be run",
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python files of the model folder; each is logged with its hash",
+    )
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of the intervals")
 
 
@@ -58,4 +64,6 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"{error}.") from error
     output: Path = options.output
     with running_world(output.parent / f"{output.name}-log") as (world, log):
+        if options.trust_remote_code:
+            trust_code(options.model, log)
         measure_folder(config, options.model, output, options.seed, world, log)

@@ -24,6 +24,7 @@ from forgetscale.generation.run import run_group, run_worker
 from forgetscale.generation.soft_targets import write_soft_cache
 from forgetscale.generation.status import read_status
 from forgetscale.generation.style import measure_style
+from forgetscale.models import trust_code
 from forgetscale.stop import StopRequest
 
 EXAMPLES = """examples:
@@ -119,6 +120,8 @@ def run(options: argparse.Namespace) -> None:
     if options.config is None:
         raise ConfigError("give --config with a recipe, or --status with the folder of a run.")
     wanted = load_generate_recipe(options.config, options.set)
+    if wanted.model.trust_remote_code:
+        trust_code(wanted.model.path, _say)
     kind = wanted.generate.engine.kind
     if options.print_engine:
         print(kind)

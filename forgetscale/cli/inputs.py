@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from forgetscale.config import Recipe
 from forgetscale.data import TokenSet, open_data, require_same_tokenizer, require_vocabulary
 from forgetscale.engine.data_state import read_run_skips
@@ -20,6 +18,7 @@ from forgetscale.masks import load_plan
 from forgetscale.models import (
     SafetensorsFolder,
     build_skeleton,
+    load_tokenizer,
     parameter_shapes,
     read_model_config,
 )
@@ -69,6 +68,7 @@ def check_inputs(recipe: Recipe) -> None:
                     f"evaluate.live_tasks: {name!r} needs generated answers and cannot be measured"
                     " during training; name it in evaluate.tasks alone."
                 )
+    _check_retention(recipe)
 
 
 def check_alignment_data(recipe: Recipe) -> None:
@@ -92,5 +92,22 @@ def check_alignment_data(recipe: Recipe) -> None:
             token_set = TokenSet(source.path)
             require_same_tokenizer(token_set, recipe.model.path)
             path = recipe.model.path
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, local_files_only=True)
+            tokenizer = tokenizer or load_tokenizer(path)
             require_refusals(field, source, token_set, tokenizer, openings)
+
+
+def _check_retention(recipe: Recipe) -> None:
+    """Check that the tasks of the retention gate are there and need no generated text."""
+    config = recipe.retention
+    task_dir = None if config is None else config.task_dir or recipe.evaluate.task_dir
+    if config is None or task_dir is None:
+        return
+    check_task_names(config.tasks, task_dir)
+    for name in config.tasks:
+        if is_harness(name):
+            read_harness_file(task_dir, name, allow_code=recipe.evaluate.allow_code)
+        elif not is_live_task(name, task_dir):
+            raise ConfigError(
+                f"retention.budgets: {name!r} needs generated answers and cannot be measured during"
+                " training; name perplexity, exact or lm_eval tasks."
+            )

@@ -14,6 +14,7 @@ from forgetscale.errors import (
     ConfigError,
     ForgetScaleError,
     NonFiniteError,
+    RetentionError,
     StoppedEarly,
 )
 
@@ -78,7 +79,7 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
 
 
 # Raised alike on every rank, so that rank 0 can speak for all.
-_COMMON = (ConfigError, AuditError, NonFiniteError, StoppedEarly)
+_COMMON = (ConfigError, AuditError, NonFiniteError, RetentionError, StoppedEarly)
 
 
 def _report_error(error: ForgetScaleError) -> None:

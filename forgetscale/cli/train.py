@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from forgetscale.cli.inputs import check_inputs
 from forgetscale.cli.recipe_options import add_recipe_options, read_recipe, running_world
@@ -29,7 +28,7 @@ from forgetscale.evaluation.report import build_report
 from forgetscale.evaluation.reuse import is_live_task, results_match
 from forgetscale.evaluation.tasks import load_chat_task
 from forgetscale.methods import METHODS
-from forgetscale.models import read_model_config
+from forgetscale.models import load_tokenizer, read_model_config, trust_code
 from forgetscale.zero3 import World, ZeroEngine
 
 EXAMPLES = """examples:
@@ -81,7 +80,7 @@ def live_evaluation(recipe: Recipe) -> Callable[[ZeroEngine], list[dict[str, Any
         tasks = tuple(name for name in config.tasks if is_live_task(name, config.task_dir))
     if not tasks:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, local_files_only=True)
+    tokenizer = load_tokenizer(recipe.model.path)
     evaluator = LiveEvaluator(
         tasks,
         config.task_dir,
@@ -104,7 +103,7 @@ def refusal_probe(recipe: Recipe) -> Callable[[ZeroEngine], Mapping[str, float]]
     section, task_dir = recipe.evaluate.refusal_probe, recipe.evaluate.task_dir
     if section is None or task_dir is None:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, local_files_only=True)
+    tokenizer = load_tokenizer(recipe.model.path)
     probe = RefusalProbe(
         [load_chat_task(task_dir, name) for name in section.tasks],
         ChatPrompts(tokenizer),
@@ -114,6 +113,32 @@ def refusal_probe(recipe: Recipe) -> Callable[[ZeroEngine], Mapping[str, float]]
     collective = ProcessGroupCollective()
     # It is over in moments, and the step before it is not saved yet: no stop is heard in it.
     return lambda engine: probe.measure(_LiveModel(engine, hears_stops=False), collective)
+
+
+def retention_measures(recipe: Recipe) -> Callable[[ZeroEngine], list[dict[str, Any]]] | None:
+    """Return a function that measures what the retention gate judges, or None without a gate."""
+    config = recipe.retention
+    if config is None:
+        return None
+    task_dir = config.task_dir or recipe.evaluate.task_dir
+    assert task_dir is not None
+    tokenizer = load_tokenizer(recipe.model.path)
+    evaluator = LiveEvaluator(
+        config.tasks,
+        task_dir,
+        tokenizer,
+        batch_size=config.batch_size,
+        seed=recipe.run.seed,
+        max_rows=config.max_rows,
+        allow_code=recipe.evaluate.allow_code,
+        max_length=model_length(read_model_config(recipe.model.path)),
+    )
+    collective = ProcessGroupCollective()
+
+    def measure(engine: ZeroEngine) -> list[dict[str, Any]]:
+        return [item.to_json() for item in evaluator.evaluate(_LiveModel(engine), collective)]
+
+    return measure
 
 
 def full_evaluation(recipe: Recipe, model: Path, output: Path, world: World, log: RunLog) -> None:
@@ -188,6 +213,8 @@ def run(options: argparse.Namespace) -> None:
     output = recipe.run.output_dir
     method = METHODS[recipe.method.kind](recipe.method)
     with running_world(output) as (world, log):
+        if recipe.model.trust_remote_code:
+            trust_code(recipe.model.path, log)
         world.on_main(lambda: check_inputs(recipe))
         world.on_main(lambda: open_run_folder(recipe))
         watch(recipe, world, log)
@@ -195,8 +222,18 @@ def run(options: argparse.Namespace) -> None:
         if recipe.evaluate.tasks:
             before = output / "results" / "source"
             full_evaluation(recipe, recipe.model.path, before, world, log)
-        train(recipe, method, world, log, live_evaluation(recipe), refusal_probe(recipe))
+        train(
+            recipe,
+            method,
+            world,
+            log,
+            live_evaluation(recipe),
+            refusal_probe(recipe),
+            retention_measures(recipe),
+        )
         if recipe.evaluate.tasks:
+            if recipe.model.trust_remote_code:
+                trust_code(output / "export", log)  # a copy of the same files
             full_evaluation(recipe, output / "export", output / "results" / "final", world, log)
             world.on_main(lambda: _write_report(output, log))
         log("done")

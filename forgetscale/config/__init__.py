@@ -89,6 +89,8 @@ from forgetscale.config.recipe import (
     RunConfig,
     TrainConfig,
 )
+from forgetscale.config.retention import ACTIONS, BudgetConfig, RetentionConfig
+from forgetscale.config.roots import paths_of, require_roots
 from forgetscale.config.yaml_files import UniqueKeyLoader, parse_yaml
 
 __all__ = [
@@ -102,7 +104,12 @@ __all__ = [
     "L2SpLoraMethodConfig",
     "OloraMethodConfig",
     "OploraMethodConfig",
+    "ACTIONS",
     "ADAPTED_METHODS",
+    "BudgetConfig",
+    "RetentionConfig",
+    "paths_of",
+    "require_roots",
     "AdaloraMethodConfig",
     "AdapterConfig",
     "DialogueFilterConfig",

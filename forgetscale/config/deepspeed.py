@@ -63,6 +63,15 @@ def _refuse_unknown(found: Mapping[str, Any], allowed: set[str], where: str, pat
             )
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object, refusing a key written twice (plain JSON keeps the last one silently)."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"key {name!r} stands twice")
+    return dict(pairs)
+
+
 def read_deepspeed(path: Path) -> dict[str, Any]:
     """Read and check the DeepSpeed JSON of a recipe.
 
@@ -71,7 +80,7 @@ def read_deepspeed(path: Path) -> dict[str, Any]:
             (SuperOffload, ZenFlow, MiCS, quantised gradients, parameter or NVMe offload ...).
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except OSError as error:
         raise ConfigError(
             f"deepspeed: {path} cannot be read ({error.strerror}); check the path."

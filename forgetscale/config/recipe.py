@@ -17,6 +17,8 @@ from forgetscale.config.adapters import ADAPTED_METHODS, REQUIRED_ADAPTERS, Adap
 from forgetscale.config.data import DataConfig
 from forgetscale.config.methods import MethodConfig
 from forgetscale.config.ranges import STRICT, require
+from forgetscale.config.retention import RetentionConfig
+from forgetscale.config.roots import require_roots
 
 NO_CLIPPING = 1e6
 """A ``max_grad_norm`` from here on never clips a run that learns."""
@@ -61,6 +63,8 @@ class ModelConfig:
     """Attention code of ``transformers``."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in backward instead of keeping its activations."""
+    trust_remote_code: bool = False
+    """Run the Python files of this model's folder; each is logged with its hash."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,6 +252,10 @@ class Recipe:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     adapter: AdapterConfig | None = None
     """Low-rank factors that are trained in place of the weights; None trains the weights."""
+    retention: RetentionConfig | None = None
+    """What of the source model's abilities may be lost; None measures without a gate."""
+    roots: tuple[Path, ...] = ()
+    """Folders that every path of the recipe must lie in, links resolved; none allows all."""
 
     def __post_init__(self) -> None:
         """Check clashes between sections."""
@@ -268,6 +276,13 @@ class Recipe:
             f" themselves. Set method.kind to {' or '.join(ADAPTED_METHODS)}, or remove adapter",
         )
         self._check_adapter()
+        require_roots(self, self.roots, "roots")
+        require(
+            self.retention is None
+            or self.retention.task_dir is not None
+            or evaluate.task_dir is not None,
+            "retention needs task_dir, the folder its tasks are in (or evaluate.task_dir)",
+        )
         require(
             not evaluate.tasks or self.adapter is None or self.adapter.merge,
             "evaluate.tasks are measured on the merged export, so adapter.merge must be true",

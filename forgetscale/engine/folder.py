@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from forgetscale.artifact import provenance, write_json
+from forgetscale.artifact import provenance, recorded_environment, write_json
 from forgetscale.config import Recipe, dump_recipe, read_yaml, recipe_dict
 from forgetscale.config.deepspeed import read_deepspeed
 from forgetscale.errors import ConfigError
@@ -28,6 +28,7 @@ _MAY_CHANGE = (
     "train.watchdog_s",
     "train.export",
     "evaluate.",
+    "retention",
 )
 _MAY_STAND_BEFORE = {"results", "plan", "log.txt", "logs"}
 _WORK = ("plan", "metrics.jsonl", "checkpoints", "export", "results")
@@ -99,7 +100,8 @@ def open_run_folder(recipe: Recipe) -> bool:
         return True
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / DEEPSPEED_FILE, read_deepspeed(recipe.deepspeed))
-    write_json(directory / "made_by.json", provenance(recipe_dict(recipe)))
+    made_by = provenance(recipe_dict(recipe)) | {"environment": recorded_environment()}
+    write_json(directory / "made_by.json", made_by)
     temporary = directory / f".{RECIPE_FILE}.tmp"
     temporary.write_text(dump_recipe(recipe), encoding="utf-8")
     temporary.replace(stored)

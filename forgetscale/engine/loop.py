@@ -20,6 +20,7 @@ from forgetscale.engine.ledger import Ledger
 from forgetscale.engine.metrics import MetricsLog, memory_bytes
 from forgetscale.engine.micro_batches import MicroBatch, batches_of
 from forgetscale.engine.pace import AGREEMENT, COMPUTE, OPTIMIZER, ROWS, Pace
+from forgetscale.engine.retention import RetentionGate
 from forgetscale.engine.step_loss import divide_by_weights, summarize_loss
 from forgetscale.errors import DataError, NonFiniteError, StoppedEarly
 from forgetscale.ops import IGNORE_INDEX
@@ -57,6 +58,8 @@ class Training:
     probe: Probe | None
     refresh: Callable[[int], None]
     """Lets the method measure again after so many steps. Collective."""
+    gate: RetentionGate
+    measure_retention: Evaluate | None
     state: RunState
 
 
@@ -71,6 +74,19 @@ class StepResult:
     stop: bool
     """True if any rank was asked to stop."""
     method_metrics: Mapping[str, float]
+
+
+def rate_of(job: Training, step: int) -> float:
+    """Return the learning rate of a step: the schedule's, times what the gate left of it."""
+    optim = job.recipe.optim
+    scheduled = learning_rate(
+        step,
+        num_steps=job.num_steps,
+        peak=optim.lr,
+        schedule=optim.schedule,
+        warmup_fraction=optim.warmup_fraction,
+    )
+    return scheduled * job.gate.lr_factor
 
 
 def count_targets(batches: Sequence[MicroBatch], world: World) -> int:
@@ -160,13 +176,7 @@ def train_step(job: Training, batch: StreamBatch, step: int) -> StepResult:
     shards = engine.shards
     world.watchdog.beat(AGREEMENT)
     divide_by_weights(engine, job.method.loss, record, num_targets)
-    lr = shards.lr = learning_rate(
-        step,
-        num_steps=job.num_steps,
-        peak=optim.lr,
-        schedule=optim.schedule,
-        warmup_fraction=optim.warmup_fraction,
-    )
+    lr = shards.lr = rate_of(job, step)
     if overrides(job.method, EDITS_GRADIENTS):
         job.method.transform_gradients(shards, step)
         shards.write_gradients()
@@ -206,6 +216,18 @@ def _agree_finite(
     return LossSums(*sums)._replace(value=total_loss), bool(num_stop)
 
 
+class RolledBack(Exception):
+    """The run goes back to an earlier checkpoint; what starts it starts it again.
+
+    Args:
+        step: Step of that checkpoint.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"rolled back to step {step}")
+        self.step = step
+
+
 def _evaluate(job: Training) -> None:
     if job.evaluate is None:
         return
@@ -223,21 +245,76 @@ def _lacks_evaluation(job: Training) -> bool:
     return due and not job.world.broadcast(job.metrics.has_evaluation(step))
 
 
-def _evaluate_or_save(job: Training, *, saved_next: bool) -> None:
+def _or_save(job: Training, measure: Callable[[Training], None], *, saved_next: bool) -> None:
     """Measure; if that is interrupted, save the step first. The next start measures it again.
 
     Args:
         job: The run.
+        measure: What measures.
         saved_next: Whether the frozen elements of this step were audited already.
     """
     try:
-        _evaluate(job)
+        measure(job)
     except StoppedEarly:
         if not saved_next:
             job.audit.check(job.state.step)
         _save(job)
         job.store.advance(wait=True)
         raise
+
+
+def pass_gate(job: Training) -> None:
+    """Measure what the source model could do, and act on what is lost.
+
+    Collective: every rank must call it.
+
+    Raises:
+        RolledBack: The run starts again from an earlier checkpoint.
+        RetentionError: The run ends here; its checkpoint is written.
+        StoppedEarly: A rank was asked to stop; the next start measures again.
+    """
+    assert job.measure_retention is not None
+    step = job.state.step
+    job.engine.set_training(False)
+    results = job.measure_retention(job.engine)
+    job.engine.set_training(True)
+    if job.gate.keeps_good:
+        job.store.advance(wait=True)
+    action = job.gate.judge(step, results, job.world.broadcast(job.store.steps()))
+    if step > 0:
+        assert job.gate.state.last is not None
+        job.metrics.retention(step, job.gate.state.last)
+    if action == "roll_back":
+        target = job.gate.state.undone_to
+        assert target is not None
+        job.store.remove_after(target)
+        raise RolledBack(target)
+    pin_good(job)
+    if action == "stop":
+        _save(job)
+        job.store.advance(wait=True)
+        raise job.gate.ended(step)
+
+
+def pin_good(job: Training) -> None:
+    """Keep the checkpoint that a roll-back would take, and the one of this step if it is good."""
+    if not job.gate.keeps_good:
+        return
+    steps = job.world.broadcast(job.store.steps())
+    good = {job.gate.newest_good(steps), job.gate.newest_good([job.state.step])}
+    job.store.pinned = frozenset(step for step in good if step is not None)
+
+
+def _open_gate(job: Training) -> None:
+    """Before the first step: measure the source model, or what a start before left unjudged."""
+    if job.measure_retention is None:
+        return
+    pin_good(job)
+    if job.gate.lacks(job.state.step, job.num_steps):
+        pass_gate(job)
+    job.gate.require_open(job.state.step)
+    if job.gate.keeps_good and not job.world.broadcast(job.store.steps()):
+        _save(job)  # the source model itself is what the first measurement may go back to
 
 
 def _save(job: Training) -> None:
@@ -267,6 +344,7 @@ def train_loop(job: Training) -> RunState:
     job.engine.set_training(True)
     if job.state.step == 0 or _lacks_evaluation(job):
         _evaluate(job)
+    _open_gate(job)
     with job.progress as progress:
         while job.state.step < job.num_steps:
             step = job.state.step + 1
@@ -290,11 +368,15 @@ def train_loop(job: Training) -> RunState:
             progress.update(step, f"loss {result.loss:.4f}")
             last = step == job.num_steps
             saves = last or step % train.checkpoint_every_steps == 0 or result.stop
+            judged = job.gate.is_due(step, job.num_steps)
+            saves = saves or (judged and job.gate.keeps_good)
             if saves or step % train.audit_every_steps == 0:
                 job.audit.check(step)
             # Measured before it is saved: a run killed in between measures this step again.
             if last or (every is not None and step % every == 0):
-                _evaluate_or_save(job, saved_next=saves)
+                _or_save(job, _evaluate, saved_next=saves)
+            if judged:
+                _or_save(job, pass_gate, saved_next=saves)
             if saves:
                 _save(job)
             job.store.advance(wait=last or result.stop)
@@ -326,14 +408,8 @@ def _log_step(
     seconds: float,
     more: Mapping[str, float],
 ) -> None:
-    optim = job.recipe.optim
-    lr = learning_rate(
-        job.state.step,
-        num_steps=job.num_steps,
-        peak=optim.lr,
-        schedule=optim.schedule,
-        warmup_fraction=optim.warmup_fraction,
-    )
+    lr = rate_of(job, job.state.step)
+    kept = {} if job.measure_retention is None else {"retention/lr_factor": job.gate.lr_factor}
     job.metrics.step(
         {
             "step": job.state.step,
@@ -345,6 +421,7 @@ def _log_step(
             "tokens_per_second": result.num_target_tokens / seconds,
             "memory_bytes": memory_bytes(),
             "skipped_steps": job.engine.skipped_steps,
+            **kept,
             **_checkpoint_metrics(job.store),
             **batch.metrics,
             **{f"method/{name}": value for name, value in result.method_metrics.items()},

@@ -15,6 +15,7 @@ import torch
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "results/curve.jsonl"
+RETENTION_FILE = "results/retention.jsonl"
 LOG_FILE = "log.txt"
 
 
@@ -87,6 +88,8 @@ class MetricsLog:
         drop_lines_after(self._path, step)
         # A fresh start measures the source model again, as step 0.
         drop_lines_after(self._curve, step if step > 0 else -1)
+        self._retention = directory / RETENTION_FILE
+        drop_lines_after(self._retention, step)
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -108,6 +111,17 @@ class MetricsLog:
         self._scalars(
             step, {f"{result['task']}/{result['metric']}": result["value"] for result in results}
         )
+
+    def retention(self, step: int, decision: Mapping[str, Any]) -> None:
+        """Write one decision of the retention gate: measures, drops, and what followed."""
+        if not self._visible:
+            return
+        self._append(self._retention, {"step": step, **decision})
+        drops = {
+            f"retention/{item['task']}/{item['metric']}": item["drop"]
+            for item in decision["measures"]
+        }
+        self._scalars(step, drops | {"retention/lr_factor": decision["lr_factor"]})
 
     def has_evaluation(self, step: int) -> bool:
         """Return whether the curve holds a step; False on ranks that do not write."""

@@ -31,12 +31,13 @@ from forgetscale.engine.data_state import (
     settle_run_skips,
 )
 from forgetscale.engine.extras import keep_reference_record, open_extras
-from forgetscale.engine.ledger import Ledger
-from forgetscale.engine.loop import Evaluate, Probe, Training, train_loop
+from forgetscale.engine.ledger import LEDGER_FILE, Ledger
+from forgetscale.engine.loop import Evaluate, Probe, RolledBack, Training, train_loop
 from forgetscale.engine.metrics import MetricsLog, RunLog
 from forgetscale.engine.pace import Pace
 from forgetscale.engine.protection import Protection, settle_protection
 from forgetscale.engine.refresh import make_refresh
+from forgetscale.engine.retention import RetentionGate
 from forgetscale.engine.start import SourceModel, open_source, start_engine
 from forgetscale.errors import AuditError, CheckpointError, ConfigError
 from forgetscale.progress import Progress
@@ -71,8 +72,12 @@ def train(
     log: RunLog,
     evaluate: Evaluate | None = None,
     probe: Probe | None = None,
+    measure_retention: Evaluate | None = None,
 ) -> RunState:
     """Run a recipe to its end, resuming from the newest good checkpoint if there is one.
+
+    A run that the retention gate sends back starts again from that checkpoint, as a new start of
+    the command would.
 
     Args:
         recipe: Resolved recipe; its run folder exists (``open_run_folder``).
@@ -81,9 +86,29 @@ def train(
         log: Log of the run.
         evaluate: Measures the live model, or None.
         probe: Measures the live model for the metrics of a step, or None.
+        measure_retention: Measures the tasks of the retention gate, or None.
+
+    Raises:
+        RetentionError: More of the source model's abilities is lost than the recipe allows.
 
     Collective: every rank must call it.
     """
+    while True:
+        try:
+            return _train_once(recipe, method, world, log, evaluate, probe, measure_retention)
+        except RolledBack as back:
+            log(f"retention: {back}; see {LEDGER_FILE}")
+
+
+def _train_once(
+    recipe: Recipe,
+    method: Method,
+    world: World,
+    log: RunLog,
+    evaluate: Evaluate | None,
+    probe: Probe | None,
+    measure_retention: Evaluate | None,
+) -> RunState:
     data = open_data(recipe.data, recipe.model.path)
     source = open_source(recipe, world)
     kept = settle_protection(recipe, world, source, method, log)
@@ -93,8 +118,13 @@ def train(
     output = recipe.run.output_dir
     ledger = Ledger(output, world)
     store = open_store(recipe, world, log, ledger)
+    gate = RetentionGate(recipe.retention, ledger)
+    if gate.state.undone_to is not None:  # announced by a start that ended before it was done
+        store.remove_after(gate.state.undone_to)
+    fresh = not world.broadcast(store.steps())
     state = _resume(recipe, world, store, engine, method, kept, data, source, audit, log)
-    _begin(method, engine, state, ledger)
+    _begin(method, engine, state, ledger, fresh=fresh)
+    gate = RetentionGate(recipe.retention, ledger)
     world.on_main(lambda: _keep_records(recipe, data))
     num_steps = _num_steps(recipe, data)
     stream = _open_stream(recipe, world, data, state, log)
@@ -117,10 +147,16 @@ def train(
         evaluate=evaluate,
         probe=probe,
         refresh=make_refresh(recipe, world, source, method, engine, store, log),
+        gate=gate,
+        measure_retention=measure_retention,
         state=state,
     )
     try:
         state = train_loop(job)
+    except RolledBack:
+        extras.close()
+        engine.destroy()
+        raise
     finally:
         job.metrics.close()
     extras.close()
@@ -136,8 +172,10 @@ def _start(recipe: Recipe, world: World, source: SourceModel, kept: Protection) 
     )
 
 
-def _begin(method: Method, engine: ZeroEngine, state: RunState, ledger: Ledger) -> None:
-    if state.step == 0 and overrides(method, EDITS_START):
+def _begin(
+    method: Method, engine: ZeroEngine, state: RunState, ledger: Ledger, *, fresh: bool
+) -> None:
+    if fresh and overrides(method, EDITS_START):
         method.start(engine.shards)
         engine.shards.write_params()
     event = "resumed" if state.step else "started"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from forgetscale.artifact import canonical_json, hash_bytes, hash_file
 from forgetscale.errors import DataError
@@ -33,6 +33,7 @@ from forgetscale.evaluation.plan import num_calls
 from forgetscale.evaluation.prompts import ChatPrompts
 from forgetscale.evaluation.results import Result, SampleRecord, write_results
 from forgetscale.evaluation.tasks import ChatTask, check_task_names
+from forgetscale.models import is_trusted, load_tokenizer
 from forgetscale.progress import Progress
 
 DEFAULT_NEW_TOKENS = 64
@@ -57,7 +58,7 @@ class LoadedModel:
 
 
 def load_model(model_dir: Path, *, dtype: str = "auto", device: str | None = None) -> LoadedModel:
-    """Load a Hugging Face folder with plain transformers; no code from the folder is run.
+    """Load a Hugging Face folder with plain transformers; its own code runs only if trusted.
 
     Args:
         model_dir: Folder with ``config.json``, safetensors and tokenizer files.
@@ -80,12 +81,13 @@ def load_model(model_dir: Path, *, dtype: str = "auto", device: str | None = Non
         )
     if not any((model_dir / name).is_file() for name in _TOKENIZER_FILES):
         raise DataError(f"{model_dir} holds no tokenizer; copy the model's tokenizer files there.")
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    tokenizer = load_tokenizer(model_dir)
     model: Any = AutoModelForCausalLM.from_pretrained(
         model_dir,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
         use_safetensors=True,
         local_files_only=True,
+        trust_remote_code=is_trusted(model_dir),
     )
     model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     eos = model.generation_config.eos_token_id

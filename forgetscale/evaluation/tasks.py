@@ -256,6 +256,11 @@ def _other_words(task_dir: Path, task_path: Path, questions: Sequence[Question])
     name = named.pop()
     if name is not None:
         places = [task_dir / str(name)]
+        if not places[0].resolve().is_relative_to(task_dir.resolve()):
+            raise DataError(
+                f"{task_path}: meta.other_words names {name!r}, which lies outside the folder of"
+                " tasks; copy the file there."
+            )
     else:
         places = [task_dir / "vocabulary.json", task_dir.parent / "vocabulary.json"]
     path = next((place for place in places if place.is_file()), None)

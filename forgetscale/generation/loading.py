@@ -13,6 +13,7 @@ from forgetscale.artifact import canonical_json, hash_bytes, hash_file
 from forgetscale.config import ModelConfig
 from forgetscale.data import tokenizer_hash
 from forgetscale.errors import ConfigError
+from forgetscale.models import is_trusted, refuse_code
 
 
 def require_model_folder(path: Path) -> None:
@@ -29,13 +30,16 @@ def require_model_folder(path: Path) -> None:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Load the tokenizer of a model folder; no code from the folder is run.
+    """Load the tokenizer of a model folder; its own code runs only if trusted.
 
     Raises:
         DataError: There is none.
     """
     tokenizer_hash(path)
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    refuse_code(path)
+    return AutoTokenizer.from_pretrained(
+        path, local_files_only=True, trust_remote_code=is_trusted(path)
+    )
 
 
 def load_causal_model(config: ModelConfig, device: str | None = None) -> Any:
@@ -56,6 +60,7 @@ def load_causal_model(config: ModelConfig, device: str | None = None) -> Any:
         attn_implementation=config.attn_implementation,
         use_safetensors=True,
         local_files_only=True,
+        trust_remote_code=is_trusted(config.path),
     )
     return model.eval().to(device or default_device())
 

@@ -14,6 +14,13 @@ from forgetscale.models.skeleton import (
     read_model_config,
     restore_buffers,
 )
+from forgetscale.models.trust import (
+    code_references,
+    is_trusted,
+    load_tokenizer,
+    refuse_code,
+    trust_code,
+)
 from forgetscale.models.weights import SafetensorsFolder
 
 __all__ = [
@@ -24,14 +31,19 @@ __all__ = [
     "build_skeleton",
     "check_document_mask",
     "check_head",
+    "code_references",
     "construct",
     "enable_checkpointing",
     "initial_values",
+    "is_trusted",
     "layout_for",
+    "load_tokenizer",
     "make_adapters",
     "make_compact",
     "parameter_shapes",
     "parameters_on_meta",
     "read_model_config",
+    "refuse_code",
     "restore_buffers",
+    "trust_code",
 ]

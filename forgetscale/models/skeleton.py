@@ -13,19 +13,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from forgetscale.errors import DataError
+from forgetscale.models.trust import is_trusted, refuse_code
 
 
 def read_model_config(directory: Path, attn_implementation: str = "sdpa") -> PretrainedConfig:
-    """Read ``config.json`` of a model folder; code from the folder is never run.
+    """Read ``config.json`` of a model folder; code in the folder runs only if it is trusted.
 
     Raises:
+        ConfigError: The folder needs code and was not named for it.
         DataError: No folder, no config, or an architecture ``transformers`` does not know.
     """
     if not (Path(directory) / "config.json").is_file():
         raise DataError(f"model folder {directory} has no config.json; check model.path.")
+    refuse_code(directory)
     try:
         config = AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
+            directory, local_files_only=True, trust_remote_code=is_trusted(directory)
         )
     except (ValueError, OSError, KeyError) as error:
         first = str(error).splitlines()[0]
@@ -40,7 +43,7 @@ def construct(config: PretrainedConfig) -> Any:
     """Construct the model class of ``config`` without initialising weights."""
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=False
+            config, trust_remote_code=is_trusted(config.name_or_path)
         )
     model.tie_weights()
     return model

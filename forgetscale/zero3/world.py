@@ -23,6 +23,7 @@ from torch import Tensor
 from forgetscale.errors import ForgetScaleError, ShardError, StoppedEarly
 from forgetscale.stop import StopRequest
 from forgetscale.watchdog import Watchdog
+from forgetscale.zero3.floor import require_torch
 
 T = TypeVar("T")
 TIMEOUT_MINUTES = 10
@@ -201,6 +202,7 @@ def start_world(log_path: Path) -> World:
 
     Collective: every rank must call it.
     """
+    require_torch()
     import_deepspeed(log_path)
     import deepspeed
 
