@@ -55,6 +55,7 @@ class _LiveModel:
     @torch.no_grad()
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Score right-padded rows; causal attention keeps padding out of earlier positions."""
+        self._engine.world.watchdog.beat("evaluation", slow=True)
         if self._hears_stops:
             self._engine.world.stop_if_asked("during evaluation")
         device = self._engine.world.device
@@ -64,7 +65,9 @@ class _LiveModel:
     @torch.no_grad()
     def next_logits(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Return the logits behind the last token of each right-padded row."""
-        self._engine.world.stop_if_asked("during evaluation")
+        self._engine.world.watchdog.beat("evaluation", slow=True)
+        if self._hears_stops:
+            self._engine.world.stop_if_asked("during evaluation")
         device = self._engine.world.device
         found: Tensor = self._engine(input_ids.to(device), labels=lengths.to(device), mode="next")
         return found.float().cpu()

@@ -118,13 +118,9 @@ def _train_once(
     output = recipe.run.output_dir
     ledger = Ledger(output, world)
     store = open_store(recipe, world, log, ledger)
-    gate = RetentionGate(recipe.retention, ledger)
-    if gate.state.undone_to is not None:  # announced by a start that ended before it was done
-        store.remove_after(gate.state.undone_to)
-    fresh = not world.broadcast(store.steps())
+    fresh = _finish_roll_back(recipe, world, store, ledger)
     state = _resume(recipe, world, store, engine, method, kept, data, source, audit, log)
     _begin(method, engine, state, ledger, fresh=fresh)
-    gate = RetentionGate(recipe.retention, ledger)
     world.on_main(lambda: _keep_records(recipe, data))
     num_steps = _num_steps(recipe, data)
     stream = _open_stream(recipe, world, data, state, log)
@@ -147,7 +143,7 @@ def _train_once(
         evaluate=evaluate,
         probe=probe,
         refresh=make_refresh(recipe, world, source, method, engine, store, log),
-        gate=gate,
+        gate=RetentionGate(recipe.retention, ledger),
         measure_retention=measure_retention,
         state=state,
     )
@@ -164,6 +160,14 @@ def _train_once(
         export_run(recipe, world, source, kept, engine, state, output / EXPORT_FOLDER, log)
     engine.destroy()
     return state
+
+
+def _finish_roll_back(recipe: Recipe, world: World, store: CheckpointStore, ledger: Ledger) -> bool:
+    """Do what a start announced that ended before it was done; say if there is no checkpoint."""
+    undone_to = RetentionGate(recipe.retention, ledger).state.undone_to
+    if undone_to is not None:
+        store.remove_after(undone_to)
+    return not world.broadcast(store.steps())
 
 
 def _start(recipe: Recipe, world: World, source: SourceModel, kept: Protection) -> ZeroEngine:
