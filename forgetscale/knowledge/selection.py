@@ -167,7 +167,11 @@ def ask_models(
 
 def _load_weights(folder: Path) -> Any:
     first: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", use_safetensors=True, local_files_only=True
+        folder,
+        dtype="auto",
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
     )
     return first.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
