@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layout_step import SHAPES, WARMUP_STEPS, one_step
+from layout_step import SHAPES, WARMUP_STEPS, one_step, step_parser
 from measure import keep, make_model, make_tokens, spread, training_recipe
 
 from forgetscale.config import Recipe, recipe_dict, validate_recipe
@@ -27,7 +27,6 @@ from forgetscale.engine.protection import adapted
 from forgetscale.engine.start import SourceModel, open_source, start_engine
 from forgetscale.zero3 import World, ZeroEngine, start_world, stop_world
 
-ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("masters", "moments", "gradients")
 
 
@@ -95,20 +94,9 @@ def measure_bytes(engines: dict[str, ZeroEngine], source: SourceModel) -> dict[s
 
 def main() -> None:
     """Measure and keep the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser = step_parser(__doc__)
     parser.add_argument("--adapter", default="lora", choices=["lora", "svd"])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--shape", default="small", choices=sorted(SHAPES))
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--block", type=int, default=512)
-    parser.add_argument("--micro-batch-size", type=int, default=2)
-    parser.add_argument("--global-batch-size", type=int, default=2)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--accumulation-dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--deepspeed", type=Path, default=ROOT / "ds_configs" / "zero3.json")
     options = parser.parse_args()
     hidden, layers, vocab = SHAPES[options.shape]
     with tempfile.TemporaryDirectory() as scratch:

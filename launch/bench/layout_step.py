@@ -46,6 +46,27 @@ SHAPES = {  # hidden, layers, vocabulary
 }
 
 
+def step_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of benches that time steps of one of ``SHAPES``.
+
+    Args:
+        description: Docstring of the bench.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--shape", default="small", choices=sorted(SHAPES))
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--block", type=int, default=512)
+    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--global-batch-size", type=int, default=2)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--accumulation-dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--deepspeed", type=Path, default=ROOT / "ds_configs" / "zero3.json")
+    return parser
+
+
 def make_recipe(folder: Path, options: argparse.Namespace, layout: str) -> Recipe:
     """Return an SSU recipe over random data below ``folder``."""
     calibration = {"path": str(folder / "tokens"), "num_blocks": 4}
@@ -154,20 +175,9 @@ def measure_bytes(
 
 def main() -> None:
     """Measure and keep the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser = step_parser(__doc__)
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--shape", default="small", choices=sorted(SHAPES))
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--block", type=int, default=512)
-    parser.add_argument("--micro-batch-size", type=int, default=2)
-    parser.add_argument("--global-batch-size", type=int, default=2)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--accumulation-dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--score", default="paper", choices=["paper", "mag_l2", "rand"])
-    parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--deepspeed", type=Path, default=ROOT / "ds_configs" / "zero3.json")
     options = parser.parse_args()
     hidden, layers, vocab = SHAPES[options.shape]
     with tempfile.TemporaryDirectory() as scratch:
