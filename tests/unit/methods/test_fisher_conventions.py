@@ -67,7 +67,7 @@ def test_sums_of_rows_give_the_same_information(drawn: torch.Tensor, per_sample:
     assert found.part.trace == pytest.approx(float(exact.trace()), rel=error)
     # The published rule squares the mean of a batch and multiplies by B: low by that factor.
     means = drawn.view(-1, per_sample, 3).mean(1)
-    published = per_sample * means.square().sum(0) * per_sample / ROWS
+    published = per_sample * means.square().sum(0) / ROWS
     assert torch.allclose(per_sample * published, found.diagonal, rtol=1e-5)
     assert bool((published < 2 / per_sample * exact.diagonal()).all())
 
