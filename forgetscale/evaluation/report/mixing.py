@@ -7,9 +7,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from forgetscale.evaluation.report.drawing import (
+    INK,
     MUTED,
     axis_labels,
-    legend,
     method_styles,
     new_figure,
     to_svg,
@@ -21,6 +21,9 @@ from forgetscale.evaluation.report.words import ability_label, is_rate, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_LINES = ("-", (0, (4, 2)), (0, (1, 1.5)), "-.")
+"""So that curves that lie on each other can be told apart."""
 
 Values = Mapping[str, Mapping[int, Sequence[float | None]]]
 """Method -> seed -> value at each level."""
@@ -91,7 +94,7 @@ def mixing_plot(data: Mapping[str, Any]) -> str | None:
     if not mixing:
         return None
     levels = data["matched_levels"]
-    figure, axes = new_figure(11.1, 3.6, 1, len(levels))
+    figure, axes = new_figure(11.1, 3.9, 1, len(levels))
     styles = method_styles([entry["method"] for entry in data["summary"]])
     label = ability_label(data["matched_ability"])
     for index, (ax, level) in enumerate(zip(axes[0], levels, strict=True)):
@@ -102,7 +105,9 @@ def mixing_plot(data: Mapping[str, Any]) -> str | None:
         ax.set_xlim(-0.03, 1.0)
         if is_rate(data["matched_ability"]):
             ax.set_ylim(-0.03, 1.05)
-    legend(axes[0, 0], loc="best")
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncol=6, frameon=False, fontsize=9,
+                  labelcolor=INK)  # fmt: skip
     return to_svg(figure, f"{label} kept against the share of mixed text at equal target score")
 
 
@@ -111,7 +116,7 @@ def _draw_level(
 ) -> None:
     beside = {entry["method"]: entry["kept"][index] for entry in mixing["beside"]}
     start = beside.pop(mixing["control"], None)
-    for name, points in mixing["families"].items():
+    for family, (name, points) in enumerate(mixing["families"].items()):
         drawn = [(point["share"], point["kept"][index]) for point in points]
         drawn = [(share, value) for share, value in drawn if value is not None]
         if not drawn:
@@ -125,8 +130,12 @@ def _draw_level(
         if len(points) > 1 and start is not None:
             line.insert(0, (0.0, start["mean"]))
         x, y = zip(*line, strict=True)
-        ax.plot(x, y, color=colour, marker=mark, markersize=6, linewidth=1.9, label=name)
+        ax.plot(x, y, color=colour, marker=mark, markersize=6, linewidth=1.9, label=name,
+                linestyle=_LINES[family % len(_LINES)])  # fmt: skip
     if start is not None:
+        seeds = list(start["seeds"].values())
+        ax.plot([0.0] * len(seeds), seeds, linestyle="", marker=".", markersize=4,
+                color=styles[mixing["control"]][0], alpha=0.55)  # fmt: skip
         ax.plot([0.0], [start["mean"]], color=styles[mixing["control"]][0], marker="o",
                 markersize=7, linestyle="", label=f"{mixing['control']} (share 0)")  # fmt: skip
     for method, value in beside.items():
