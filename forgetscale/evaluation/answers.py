@@ -7,11 +7,12 @@ from typing import Any
 
 from forgetscale.evaluation.collective import Collective
 from forgetscale.evaluation.forced import Measured, MeasureSettings, share_result
-from forgetscale.evaluation.generate import Decoding, generate_answers
+from forgetscale.evaluation.generate import Answer, Decoding, generate_answers
 from forgetscale.evaluation.prompts import ChatPrompts
 from forgetscale.evaluation.results import SampleRecord
 from forgetscale.evaluation.scoring import METRICS, counts
 from forgetscale.evaluation.tasks import ChatTask
+from forgetscale.evaluation.text_measures import MEASURES
 
 
 class GeneratedAnswers:
@@ -77,22 +78,32 @@ class GeneratedAnswers:
             seed=settings.seed,
             on_call=on_call,
         )
+        if task.kind in MEASURES:
+            texts = [answer.text for answer in answers]
+            results, values = MEASURES[task.kind](task, texts, settings)
+            return results, _records(task, answers, values)
         counted = [
             counts(task, question, answer.text, stopped=answer.stopped)
             for question, answer in zip(task.questions, answers, strict=True)
         ]
         metric, higher_is_better, _ = METRICS[task.kind]
-        samples = [
-            SampleRecord(
-                task.name,
-                question.id,
-                float(value),
-                1.0,
-                question.messages[-1]["content"],
-                answer.text,
-                "\n".join(question.answers),
-                "stop" if answer.stopped else "length",
-            )
-            for question, answer, value in zip(task.questions, answers, counted, strict=True)
-        ]
+        samples = _records(task, answers, counted)
         return [share_result(task, metric, higher_is_better, counted, settings)], samples
+
+
+def _records(
+    task: ChatTask, answers: Sequence[Answer], values: Sequence[float]
+) -> list[SampleRecord]:
+    return [
+        SampleRecord(
+            task.name,
+            question.id,
+            float(value),
+            1.0,
+            question.messages[-1]["content"],
+            answer.text,
+            "\n".join(question.answers),
+            "stop" if answer.stopped else "length",
+        )
+        for question, answer, value in zip(task.questions, answers, values, strict=True)
+    ]

@@ -28,7 +28,7 @@ def is_averaged(result: Result) -> bool:
     """
     return not (
         is_target(ability_name(result))
-        or result.kind in ("perplexity", "code_mixing")
+        or result.kind in ("perplexity", "code_mixing", "language_mixing")
         or result.task == "code_mixing"
         or result.metric in ("perplexity", "bits_per_byte")
     )

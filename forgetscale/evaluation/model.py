@@ -33,6 +33,7 @@ from forgetscale.evaluation.plan import num_calls
 from forgetscale.evaluation.prompts import ChatPrompts
 from forgetscale.evaluation.results import Result, SampleRecord, write_results
 from forgetscale.evaluation.tasks import ChatTask, check_task_names
+from forgetscale.evaluation.text_measures import chrf_signature
 from forgetscale.models import is_trusted, load_tokenizer
 from forgetscale.progress import Progress
 
@@ -168,6 +169,7 @@ class ModelEvaluator:
         self._options = options or EvaluationOptions()
         self._likelihood = HuggingFaceLikelihood(loaded.model)
         self._prompts: ChatPrompts | None = None
+        self._scores_chrf = False
         plain = [name for name in tasks if not is_harness(name)]
         loads = load_tasks(
             plain, task_dir, tokenizer=loaded.tokenizer, max_rows=self._options.max_rows
@@ -194,6 +196,7 @@ class ModelEvaluator:
         if isinstance(task, TokenPerplexity):
             return task
         prompts = self._prompts = self._prompts or ChatPrompts(self._loaded.tokenizer)
+        self._scores_chrf |= task.kind == "chrf"
         if task.kind == "exact" and not self._options.generate_exact:
             return ForcedRecall(task, prompts)
         limit = self._max_new_tokens
@@ -224,6 +227,7 @@ class ModelEvaluator:
         return {
             "max_new_tokens": limit if isinstance(limit, int) else dict(limit),
             **asdict(self._options),
+            **({"chrf": chrf_signature()} if self._scores_chrf else {}),
             "dtype": str(self._loaded.model.dtype).removeprefix("torch."),
         }
 

@@ -1,25 +1,28 @@
 """Tasks on disk: chat questions as JSON lines, token sets for perplexity, both with a hash.
 
-A task folder holds ``NAME.jsonl`` for chat tasks, ``perplexity/NAME/`` token sets,
-``lm_eval/NAME.yaml`` for tasks of lm-evaluation-harness, and, for code-mixing, ``vocabulary.json``
-(in the folder or beside it).
+A task folder holds ``NAME.jsonl`` or ``NAME.parquet`` for chat tasks, ``perplexity/NAME/`` token
+sets, ``lm_eval/NAME.yaml`` for tasks of lm-evaluation-harness, and, for code-mixing,
+``vocabulary.json`` (in the folder or beside it).
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from forgetscale.artifact import canonical_json, hash_bytes
 from forgetscale.errors import DataError
 from forgetscale.evaluation.harness.files import harness_names, is_harness
 from forgetscale.ops.checks import passes
 
-KINDS = ("exact", "check", "refusal", "no_refusal", "code_mixing")
+KINDS = ("exact", "check", "refusal", "no_refusal", "code_mixing", "chrf", "language_mixing")
 PERPLEXITY_PREFIX = "perplexity/"
 _ROW_KEYS = {"id", "messages", "kind", "answers", "checks", "meta"}
 _ROLES = ("system", "user", "assistant")
@@ -83,7 +86,7 @@ def is_perplexity(name: str) -> bool:
 def available_tasks(task_dir: Path) -> list[str]:
     """Return the names of all tasks under ``task_dir``, sorted."""
     task_dir = Path(task_dir)
-    chat = [path.stem for path in task_dir.glob("*.jsonl")]
+    chat = {path.stem for end in ("jsonl", "parquet") for path in task_dir.glob(f"*.{end}")}
     sets = [
         PERPLEXITY_PREFIX + path.name
         for path in (task_dir / "perplexity").glob("*")
@@ -121,7 +124,7 @@ def _task_path(task_dir: Path, name: str) -> Path:
 
 
 def load_chat_task(task_dir: Path, name: str) -> ChatTask:
-    """Read and check ``task_dir/name.jsonl``.
+    """Read and check ``task_dir/name.jsonl``, or the same rows in ``name.parquet``.
 
     Args:
         task_dir: Folder of tasks.
@@ -135,37 +138,60 @@ def load_chat_task(task_dir: Path, name: str) -> ChatTask:
             line.
     """
     path = Path(task_dir) / f"{name}.jsonl"
+    columns = path.with_suffix(".parquet")
+    if path.is_file() and columns.is_file():
+        raise DataError(f"{path} and {columns.name} are both there; keep one of them.")
+    path = columns if columns.is_file() else path
     if not path.is_file():
         raise DataError(f"{path} does not exist; check the name of the task.")
     questions: list[Question] = []
     rows: list[Any] = []
     seen: dict[str, int] = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path} line {number}"
-            row = _parse_line(line, where)
-            question = _read_row(row, where)
-            if question.id in seen:
-                raise DataError(
-                    f"{where}: id {question.id!r} stands on line {seen[question.id]} too; ids"
-                    " must be unique within a task."
-                )
-            if questions and question.kind != questions[0].kind:
-                raise DataError(
-                    f"{where}: kind is {question.kind!r}, but the task started with"
-                    f" {questions[0].kind!r}; put each kind into its own file."
-                )
-            seen[question.id] = number
-            questions.append(question)
-            rows.append(row)
+    for number, row in _parquet_rows(path) if path == columns else _json_rows(path):
+        where = f"{path} line {number}"
+        question = _read_row(row, where)
+        if question.id in seen:
+            raise DataError(
+                f"{where}: id {question.id!r} stands on line {seen[question.id]} too; ids"
+                " must be unique within a task."
+            )
+        if questions and question.kind != questions[0].kind:
+            raise DataError(
+                f"{where}: kind is {question.kind!r}, but the task started with"
+                f" {questions[0].kind!r}; put each kind into its own file."
+            )
+        seen[question.id] = number
+        questions.append(question)
+        rows.append(row)
     if not questions:
         raise DataError(f"{path} holds no rows; a task needs at least one.")
     kind = questions[0].kind
     words = _other_words(Path(task_dir), path, questions) if kind == "code_mixing" else frozenset()
     digest = hash_bytes(canonical_json({"rows": rows, "other_words": sorted(words)}))
     return ChatTask(name, kind, tuple(questions), digest, words)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, _parse_line(line, f"{path} line {number}")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Return the rows of a Parquet file; what is null there is absent, as in JSON lines."""
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not readable as Parquet ({error}).") from error
+    for number, row in enumerate(table.to_pylist(), start=1):
+        yield number, _without_nulls(row)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _parse_line(line: bytes, where: str) -> dict[str, Any]:
@@ -206,7 +232,17 @@ def _read_row(row: dict[str, Any], where: str) -> Question:
             passes(check, "")
         except ValueError as error:
             raise DataError(f"{where}: {error}.") from error
-    needed = {"exact": ("answers", answers), "check": ("checks", checks)}.get(kind)
+    needed = {
+        "exact": ("answers", answers),
+        "chrf": ("answers, the references,", answers),
+        "check": ("checks", checks),
+    }.get(kind)
+    language = meta.get("language")
+    if kind == "language_mixing" and not (isinstance(language, str) and len(language) == 2):
+        raise DataError(
+            f"{where}: kind {kind!r} needs meta.language, the two-letter code of the language that"
+            f" answers should be in, got {language!r}."
+        )
     if needed is not None and not needed[1]:
         raise DataError(f"{where}: kind {kind!r} needs at least one entry in {needed[0]}.")
     if kind in ("refusal", "no_refusal"):
