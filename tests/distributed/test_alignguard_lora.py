@@ -78,6 +78,16 @@ def test_the_penalty_holds_the_update_back(runs: Runs):
     assert energies[0] < 0.7 * energies[1]
 
 
+def test_the_penalty_counts_once_whatever_the_micro_batches(runs: Runs):
+    method = section("left", strength=20.0)
+    many, one = (runs.get(method, adapter=LORA, train__micro_batch_size=n) for n in (2, 7))
+    assert many.losses == pytest.approx(one.losses, rel=2e-6)
+    assert_same_weights(many.outcome.value["factors"], one.outcome.value["factors"])
+    # Counted four times it would be seen: its gradient is as long as the task's.
+    last = one.metrics[-1]
+    assert last["method/penalty_grad_norm"] > 0.3 * last["method/task_grad_norm"]
+
+
 def test_layers_that_are_not_adapted(ranks: RankServer, runs: Runs):
     adapter = {**LORA, "target_modules": ["q_proj"]}
     method = {"kind": "l2_sp_lora", "target_modules": ["up_proj"]}

@@ -76,6 +76,16 @@ def test_the_penalty_counts_once_whatever_the_ranks(runs: Runs, action: str, str
     assert shrunk < 0.9 * free
 
 
+def test_the_penalty_counts_once_whatever_the_micro_batches(runs: Runs):
+    method = guarded("two_sided", "penalty", strength=3.0, task_strength=0.5)
+    many, one = (runs.get(method, train__micro_batch_size=size) for size in (2, 7))
+    assert many.losses == pytest.approx(one.losses, rel=2e-6)
+    assert_same_weights(many.masters, one.masters)
+    # Counted four times it would be seen: its gradient is not small beside the task's.
+    last = one.metrics[-1]
+    assert last["method/penalty_grad_norm"] > 0.1 * last["method/task_grad_norm"]
+
+
 @pytest.mark.parametrize(("size", "offload"), [(2, False), (2, True)])
 def test_copies_stay_in_step_at_half_precision(runs: Runs, size: int, offload: bool):
     world = runs.world("bf16", dtype=torch.bfloat16)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forgetscale.artifact import ArtifactWriter, read_manifest
 from tests.distributed import tiny
 from tests.distributed.harness import RankServer
 from tests.distributed.runs import Runs
@@ -167,6 +168,19 @@ class TestGivenBasis:
         method = {"kind": "alignguard", "basis": str(basis), **changes}
         outcome = self.train(ranks, runs, "given-b", method)
         assert outcome.codes == [2] and expected in outcome.errors[0]
+
+    def test_another_convention(self, ranks, runs: Runs, basis: Path, tmp_path):
+        """The mean over tokens squared, say, is another number; a sound folder is refused too."""
+        with ArtifactWriter(tmp_path / "other", "fisher_basis") as artifact:
+            artifact.payload = dict(read_manifest(basis)["payload"], convention="mean over tokens")
+            for path in basis.glob("basis-*"):
+                (artifact.path / path.name).write_bytes(path.read_bytes())
+        method = {"kind": "alignguard", "basis": str(tmp_path / "other")}
+        outcome = self.train(ranks, runs, "given-e", method)
+        assert outcome.codes == [2], outcome.errors
+        sentence = outcome.errors[0]
+        assert "has the convention 'mean over tokens', expected 'gradient of the" in sentence
+        assert "calibrate --kind fisher" in sentence
 
     def test_another_model(self, ranks, runs: Runs, basis: Path):
         world = runs.world("other-seed", seed=9)
