@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from forgetscale.ops.format_checks import FORMAT_CHECKS
+
 Check = Mapping[str, Any]
 _PUNCTUATION = ".,;:?!\"'()"
 
@@ -80,6 +82,7 @@ CHECKS: Mapping[str, Callable[[Check, str], bool]] = {
     "sequence": _sequence,
     "words_from": _words_from,
     "uppercase": _uppercase,
+    **FORMAT_CHECKS,
 }
 """Kind of check -> function of the check and the answer."""
 
@@ -94,7 +97,11 @@ def passes(check: Check, answer: str) -> bool:
             ``num_words`` / ``num_sentences`` (min, max; both included),
             ``sequence`` (words: exactly these, in this order),
             ``words_from`` (words: at least one word, each of this list, none twice),
-            ``uppercase`` (no argument).
+            ``uppercase`` (no argument); and those of ``format_checks``: ``keyword_count`` (word),
+            ``letter_count`` (letter), ``num_paragraphs``, ``num_bullets``, ``num_highlights``,
+            ``num_placeholders``, ``num_capital_words`` (each with min, max or both),
+            ``lowercase``, ``no_comma``, ``quoted``, ``title``, ``json``, ``two_answers`` (no
+            argument) and ``postscript`` (marker, else ``P.S.``).
         answer: Text of the answer; white space at its ends is ignored.
 
     Raises:
