@@ -38,7 +38,7 @@ class AuditError(ForgetScaleError):
 
 
 class NonFiniteError(ForgetScaleError):
-    """A loss or gradient is NaN or infinite; the weights were not touched."""
+    """A loss or gradient is not finite, or far too large; the weights were not touched."""
 
 
 class RetentionError(ForgetScaleError):

@@ -237,13 +237,12 @@ class CheckpointStore:
         return reports
 
     def _wait_for_last(self) -> float:
-        begun = time.perf_counter()
-        busy = self._pending is not None
-        if busy:
-            ended = self._world.sum(torch.tensor([float(self._pending.work.ended)]))  # type: ignore[union-attr]
+        begun, pending = time.perf_counter(), self._pending
+        if pending is not None:
+            ended = self._world.sum(torch.tensor([float(pending.work.ended)]))
             self.num_waits += int(ended) < self._world.size
         self.advance(wait=True)
-        return time.perf_counter() - begun if busy else 0.0
+        return 0.0 if pending is None else time.perf_counter() - begun
 
     def _room(self, sizes: list[int]) -> HostCopies | None:
         """Return where to copy to; None, with a line in the log, if the nodes lack the memory."""

@@ -41,6 +41,7 @@ from forgetscale.config.generate import (
     SdftDialogueConfig,
     SsrDialogueConfig,
 )
+from forgetscale.config.guard import GuardConfig
 from forgetscale.config.load import (
     apply_overrides,
     dump_recipe,
@@ -142,6 +143,7 @@ __all__ = [
     "FisherConfig",
     "GmtMethodConfig",
     "FreezeLayersMethodConfig",
+    "GuardConfig",
     "HftMethodConfig",
     "LoraAdapterConfig",
     "LossConfig",

@@ -15,6 +15,7 @@ from pydantic import ConfigDict
 
 from forgetscale.config.adapters import ADAPTED_METHODS, REQUIRED_ADAPTERS, AdapterConfig
 from forgetscale.config.data import DataConfig
+from forgetscale.config.guard import GuardConfig
 from forgetscale.config.methods import MethodConfig
 from forgetscale.config.ranges import STRICT, require
 from forgetscale.config.retention import RetentionConfig
@@ -250,6 +251,7 @@ class Recipe:
     """DeepSpeed JSON: only what DeepSpeed alone knows."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     adapter: AdapterConfig | None = None
     """Low-rank factors that are trained in place of the weights; None trains the weights."""
     retention: RetentionConfig | None = None

@@ -125,6 +125,10 @@ class TokenStream(Iterator[StreamBatch]):
         """Rows consumed by all ranks so far."""
         return self._rows.cursor
 
+    def seek(self, cursor: int) -> None:
+        """Go on after so many rows of all ranks, as a stream opened with that cursor does."""
+        self._rows.cursor = cursor
+
     @property
     def skips(self) -> SkipList | None:
         """Rows that carry no targets; a longer list may be put in its place at any time."""

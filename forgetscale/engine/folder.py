@@ -29,6 +29,7 @@ _MAY_CHANGE = (
     "train.export",
     "evaluate.",
     "retention",
+    "guard.",
 )
 _MAY_STAND_BEFORE = {"results", "plan", "log.txt", "logs"}
 _WORK = ("plan", "metrics.jsonl", "checkpoints", "export", "results")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +17,15 @@ from forgetscale.config import Recipe
 from forgetscale.data import StreamBatch, TokenStream
 from forgetscale.engine.audit import FreezeAudit
 from forgetscale.engine.extras import LossExtras
+from forgetscale.engine.guard import Guard
+from forgetscale.engine.ladder import RolledBack, climb
 from forgetscale.engine.ledger import Ledger
 from forgetscale.engine.metrics import MetricsLog, memory_bytes
 from forgetscale.engine.micro_batches import MicroBatch, batches_of
 from forgetscale.engine.pace import AGREEMENT, COMPUTE, OPTIMIZER, ROWS, Pace
 from forgetscale.engine.retention import RetentionGate
 from forgetscale.engine.step_loss import divide_by_weights, summarize_loss
-from forgetscale.errors import DataError, NonFiniteError, StoppedEarly
+from forgetscale.errors import DataError, StoppedEarly
 from forgetscale.ops import IGNORE_INDEX
 from forgetscale.ops.losses import LossFunction, LossRecord, LossSums
 from forgetscale.ops.schedule import learning_rate
@@ -49,6 +52,8 @@ class Training:
     store: CheckpointStore
     metrics: MetricsLog
     ledger: Ledger
+    log: Callable[[str], None]
+    guard: Guard
     audit: FreezeAudit
     pace: Pace
     progress: Progress
@@ -74,6 +79,8 @@ class StepResult:
     stop: bool
     """True if any rank was asked to stop."""
     method_metrics: Mapping[str, float]
+    bad: str | None = None
+    """Why the step was not done; None if it was."""
 
 
 def rate_of(job: Training, step: int) -> float:
@@ -148,26 +155,29 @@ def accumulate(
     return loss_sum
 
 
+def _batches(job: Training, batch: StreamBatch) -> list[MicroBatch]:
+    return batches_of(
+        batch,
+        size=job.recipe.train.micro_batch_size,
+        count=job.num_micro_batches,
+        document_mask=job.recipe.data.document_mask,
+        extra=job.extras.of_rows(batch),
+    )
+
+
 def train_step(job: Training, batch: StreamBatch, step: int) -> StepResult:
-    """Do one optimizer step. Collective: every rank must call it.
+    """Do one optimizer step, or none if its numbers cannot be right.
 
     Args:
         job: The run.
         batch: This rank's rows of the global batch.
         step: Step number, 1 for the first.
 
-    Raises:
-        NonFiniteError: A loss or gradient is not finite; no weight was changed.
+    Collective: every rank must call it.
     """
     recipe, engine, world = job.recipe, job.engine, job.world
     optim = recipe.optim
-    batches = batches_of(
-        batch,
-        size=recipe.train.micro_batch_size,
-        count=job.num_micro_batches,
-        document_mask=recipe.data.document_mask,
-        extra=job.extras.of_rows(batch),
-    )
+    batches = _batches(job, batch)
     world.watchdog.beat(COMPUTE)
     num_targets = count_targets(batches, world)
 
@@ -176,56 +186,56 @@ def train_step(job: Training, batch: StreamBatch, step: int) -> StepResult:
     shards = engine.shards
     world.watchdog.beat(AGREEMENT)
     divide_by_weights(engine, job.method.loss, record, num_targets)
+    agreed = _agree(job, loss_sum, record)
+    mean_loss, method_metrics = summarize_loss(job.method.loss, agreed.sums, num_targets)
+    bad = agreed.bad or job.guard.spike(mean_loss, agreed.norm)
+    world.watchdog.beat(OPTIMIZER)
+    if bad is not None:
+        engine.pass_over()
+        return StepResult(mean_loss, agreed.norm, 0, agreed.stop, {}, bad)
+    job.guard.accept(mean_loss, agreed.norm)
     lr = shards.lr = rate_of(job, step)
     if overrides(job.method, EDITS_GRADIENTS):
         job.method.transform_gradients(shards, step)
         shards.write_gradients()
-    sums, stop = _agree_finite(job, loss_sum, record, step)
-    world.watchdog.beat(OPTIMIZER)
     shards.freeze(decay=lr * optim.weight_decay)
     grad_norm = engine.step(lr)
-    mean_loss, method_metrics = summarize_loss(job.method.loss, sums, num_targets)
     if overrides(job.method, EDITS_PARAMS):
         method_metrics |= job.method.after_step(shards, step)
         shards.write_params()
-    return StepResult(mean_loss, grad_norm, num_targets, stop, method_metrics)
+    return StepResult(mean_loss, grad_norm, num_targets, agreed.stop, method_metrics)
 
 
-def _agree_finite(
-    job: Training, loss_sum: Tensor, record: LossRecord, step: int
-) -> tuple[LossSums, bool]:
-    """Return the step's sums and whether to stop; raise on all ranks if a number is not finite."""
+class _Agreed(NamedTuple):
+    """What all ranks know of a step before it is done."""
+
+    sums: LossSums
+    stop: bool
+    bad: str | None
+    """Which number is not finite, and where."""
+    norm: float
+    """Of the whole gradient; 0 where the guard does not ask for it."""
+
+
+def _agree(job: Training, loss_sum: Tensor, record: LossRecord) -> _Agreed:
+    """Share the step's sums, who asks to stop and what is not finite."""
+    shards = job.engine.shards
     bad = None if bool(torch.isfinite(loss_sum)) else "the loss"
-    if bad is None and (name := job.engine.shards.non_finite()) is not None:
+    if bad is None and (name := shards.non_finite()) is not None:
         bad = f"the gradient of {job.engine.layout.matrix_of(name)}"
-    mine = torch.stack(
-        [loss_sum.double().cpu(), torch.tensor(float(bad is not None)).double()]
-        + [torch.tensor(float(job.world.stop.requested)).double()]
-    )
-    mine = torch.cat([mine, record.sums().cpu()])
-    total_loss, num_bad, num_stop, *sums = job.world.sum(mine).tolist()
+    squared = shards.norm_squared() if job.guard.watches_spikes else 0.0
+    mine = [float(bad is not None), float(job.world.stop.requested), squared, float(loss_sum)]
+    together = torch.cat([torch.tensor(mine, dtype=torch.float64), record.sums().cpu()])
+    num_bad, num_stop, squared, total_loss, *sums = job.world.sum(together).tolist()
+    where = None
     if num_bad:
         found = job.world.gather_objects(bad)
         # A bad loss spoils the gradients of all ranks; the rank it came from is the one to name.
         named = [rank for rank, text in enumerate(found) if text is not None]
         rank = next((rank for rank in named if found[rank] == "the loss"), named[0])
-        raise NonFiniteError(
-            f"step {step}: {found[rank]} is not finite on rank {rank}; no weight was changed; lower"
-            " optim.lr or inspect the step's rows with python -m data_prep inspect."
-        )
-    return LossSums(*sums)._replace(value=total_loss), bool(num_stop)
-
-
-class RolledBack(Exception):
-    """The run goes back to an earlier checkpoint; what starts it starts it again.
-
-    Args:
-        step: Step of that checkpoint.
-    """
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"rolled back to step {step}")
-        self.step = step
+        where = f"{found[rank]} is not finite on rank {rank}"
+    norm = math.sqrt(squared) if squared >= 0 else math.nan
+    return _Agreed(LossSums(*sums)._replace(value=total_loss), bool(num_stop), where, norm)
 
 
 def _evaluate(job: Training) -> None:
@@ -335,7 +345,7 @@ def train_loop(job: Training) -> RunState:
     Collective: every rank must call it.
 
     Raises:
-        NonFiniteError: A loss or gradient is not finite.
+        NonFiniteError: Skipping bad steps and going back did not help.
         AuditError: A frozen element changed.
         StoppedEarly: A rank was asked to stop; a checkpoint was written first.
     """
@@ -356,16 +366,20 @@ def train_loop(job: Training) -> RunState:
             result = train_step(job, batch, step)
             seconds = time.perf_counter() - start
 
+            if result.bad is not None and climb(job, batch, _batches(job, batch), step, result.bad):
+                progress.update(job.state.step, "went back")
+                continue
             job.state = replace(
                 job.state,
                 step=step,
                 cursor=batch.cursor,
                 target_tokens=job.state.target_tokens + result.num_target_tokens,
+                guard=job.guard.state(),
             )
             job.world.watchdog.beat("between steps", slow=True)
             more = {**job.pace.measure(step), **_probe_if_due(job)}
             _log_step(job, result, batch, seconds, more)
-            progress.update(step, f"loss {result.loss:.4f}")
+            progress.update(step, f"loss {result.loss:.4f}" if result.bad is None else "skipped")
             last = step == job.num_steps
             saves = last or step % train.checkpoint_every_steps == 0 or result.stop
             judged = job.gate.is_due(step, job.num_steps)
@@ -410,17 +424,18 @@ def _log_step(
 ) -> None:
     lr = rate_of(job, job.state.step)
     kept = {} if job.measure_retention is None else {"retention/lr_factor": job.gate.lr_factor}
+    # A skipped step has no loss that a curve could show.
+    measured = {"loss": result.loss, "grad_norm": result.grad_norm} if result.bad is None else {}
     job.metrics.step(
         {
             "step": job.state.step,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
+            **measured,
             "lr": lr,
             "target_tokens": job.state.target_tokens,
             "step_seconds": seconds,
             "tokens_per_second": result.num_target_tokens / seconds,
             "memory_bytes": memory_bytes(),
-            "skipped_steps": job.engine.skipped_steps,
+            "skipped_steps": job.guard.num_skipped,
             **kept,
             **_checkpoint_metrics(job.store),
             **batch.metrics,

@@ -45,8 +45,8 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """Cut a rank's rows into ``count`` micro-batches of ``size`` rows, the same on every rank.
 
-    Missing rows are filled with token 0 and carry no target, so that all ranks make the same
-    number of passes of the same shape whatever the division leaves.
+    Missing and skipped rows are filled with token 0 and carry no target, so that all ranks make the
+    same number of passes of the same shape whatever the division leaves.
 
     Args:
         rows: Token ids of this rank's share of the step.
@@ -75,6 +75,8 @@ def micro_batches(
         ids[: part.shape[0]] = part
         labels[: part.shape[0]] = targets[start : start + size]
         if skipped is not None:
+            # Without its text too: what it computes might not be finite, and 0 x NaN is NaN.
+            ids[: part.shape[0]][skipped[start : start + size]] = 0
             labels[: part.shape[0]][skipped[start : start + size]] = IGNORE_INDEX
         positions = None
         if document_mask and doc_lens is not None:

@@ -31,8 +31,10 @@ from forgetscale.engine.data_state import (
     settle_run_skips,
 )
 from forgetscale.engine.extras import keep_reference_record, open_extras
+from forgetscale.engine.guard import Guard
+from forgetscale.engine.ladder import RolledBack, finish_rollback
 from forgetscale.engine.ledger import LEDGER_FILE, Ledger
-from forgetscale.engine.loop import Evaluate, Probe, RolledBack, Training, train_loop
+from forgetscale.engine.loop import Evaluate, Probe, Training, train_loop
 from forgetscale.engine.metrics import MetricsLog, RunLog
 from forgetscale.engine.pace import Pace
 from forgetscale.engine.protection import Protection, settle_protection
@@ -76,8 +78,8 @@ def train(
 ) -> RunState:
     """Run a recipe to its end, resuming from the newest good checkpoint if there is one.
 
-    A run that the retention gate sends back starts again from that checkpoint, as a new start of
-    the command would.
+    A run that the retention gate or the ladder sends back starts again from that checkpoint, as a
+    new start of the command would.
 
     Args:
         recipe: Resolved recipe; its run folder exists (``open_run_folder``).
@@ -97,7 +99,7 @@ def train(
         try:
             return _train_once(recipe, method, world, log, evaluate, probe, measure_retention)
         except RolledBack as back:
-            log(f"retention: {back}; see {LEDGER_FILE}")
+            log(f"{back}; see {LEDGER_FILE}")
 
 
 def _train_once(
@@ -118,6 +120,7 @@ def _train_once(
     output = recipe.run.output_dir
     ledger = Ledger(output, world)
     store = open_store(recipe, world, log, ledger)
+    finish_rollback(ledger, store, world, data, output, log)
     fresh = _finish_roll_back(recipe, world, store, ledger)
     state = _resume(recipe, world, store, engine, method, kept, data, source, audit, log)
     _begin(method, engine, state, ledger, fresh=fresh)
@@ -135,6 +138,8 @@ def _train_once(
         store=store,
         metrics=MetricsLog(output, visible=world.is_main, step=state.step),
         ledger=ledger,
+        log=log,
+        guard=Guard(recipe.guard, state.guard),
         audit=audit,
         pace=Pace(world, log),
         progress=_progress(num_steps, state, log),

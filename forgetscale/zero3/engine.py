@@ -111,7 +111,7 @@ class ZeroEngine:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps DeepSpeed skipped without a word; stays 0, because each one raises."""
+        """Steps that DeepSpeed passed over, all of them on request: see ``pass_over``."""
         return int(self._engine.skipped_steps)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -168,6 +168,25 @@ class ZeroEngine:
             )
         self.shards.clear_gradients()
         return float(self._engine.get_global_grad_norm())
+
+    def pass_over(self) -> None:
+        """Throw the gradients of a step away: no master, moment or count of steps changes.
+
+        By DeepSpeed's own way for gradients that are not finite, so its inner state stays right.
+
+        Raises:
+            ShardError: DeepSpeed did the step all the same.
+
+        Collective: every rank must call it.
+        """
+        self.shards.spoil_gradients()
+        self._engine.step()
+        if self._engine.was_step_applied():
+            raise ShardError(
+                f"rank {self.world.rank}: DeepSpeed did an optimizer step on gradients that are not"
+                " finite; this version handles them differently from the tested one (0.19.8)."
+            )
+        self.shards.clear_gradients()
 
     def matrices(self) -> list[Matrix]:
         """Return the source model's parameters in the model's order, with the slices they are in.

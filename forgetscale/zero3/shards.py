@@ -330,6 +330,24 @@ class ZeroShards:
                 return item.name
         return None
 
+    def norm_squared(self) -> float:
+        """Return the squared norm of this rank's gradient slices, frozen elements among them."""
+        if self.offloaded:
+            flats = [p.grad for p in self._optimizer.fp32_partitioned_groups_flat]
+        else:
+            flats = [self._optimizer.grad_partitions_flat_buffer]
+        norms = [torch.linalg.vector_norm(flat, dtype=torch.float32) for flat in flats]
+        return float(sum(norm.double() ** 2 for norm in norms))
+
+    def spoil_gradients(self) -> None:
+        """Make every gradient NaN, with which DeepSpeed passes a step over."""
+        if self.offloaded:
+            for flat in self._optimizer.fp32_partitioned_groups_flat:
+                flat.grad.fill_(torch.nan)
+            self._refresh_norms()
+        else:
+            self._optimizer.grad_partitions_flat_buffer.fill_(torch.nan)
+
     def write_gradients(self) -> None:
         """Write edited fp32 copies back to a bf16 gradient buffer."""
         for item in self._slices:

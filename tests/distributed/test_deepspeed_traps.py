@@ -231,7 +231,7 @@ class TestNotFinite:
     ):
         name = f"nan-{dtype}-{where}-{offload}"
         method = MASKED if where != "loss" else {"kind": "sft"}
-        changes = {"model.dtype": dtype}
+        changes = {"model.dtype": dtype, "guard.max_skips": 1, "guard.max_rollbacks": 0}
         if offload:
             changes["deepspeed"] = str(runs.world() / "zero3_offload.json")
         recipe = runs.recipe(name, method, changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -170,6 +172,31 @@ def make_sft_set(directory: Path, model: Path, *, rows: int = 30, seed: int = 8)
         supervised=supervised,
     )
     return directory
+
+
+POISON_ROW, POISON_TOKEN = 11, VOCAB_SIZE - 1
+
+
+def make_poisoned_world(folder: Path) -> Path:
+    """Write a world in which one row makes loss and gradients NaN: its token embeds as infinity."""
+    make_world(folder)
+    path = folder / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.embed_tokens.weight"][POISON_TOKEN] = torch.inf
+    save_file(weights, path, {"format": "pt"})
+    for name, seed in (("data", 1), ("calibration", 2)):
+        shutil.rmtree(folder / name)
+        rows = np.minimum(set_rows(seed=seed), POISON_TOKEN - 1)
+        if name == "data":
+            rows[POISON_ROW, 5] = POISON_TOKEN
+        write_token_set(
+            folder / name,
+            rows,
+            vocab_size=VOCAB_SIZE,
+            tokenizer_sha256=tokenizer_hash(folder / "model"),
+            num_text_bytes=rows.size * 3,
+        )
+    return folder
 
 
 def base_recipe(folder: Path, name: str, **method: object) -> dict:

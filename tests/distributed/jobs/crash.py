@@ -19,6 +19,7 @@ from unittest import mock
 import torch.distributed as dist
 
 import forgetscale.checkpoint.store as store
+import forgetscale.engine.ladder as ladder
 import forgetscale.engine.loop as loop
 import forgetscale.points as points
 import forgetscale.zero3.shards as shards
@@ -81,6 +82,14 @@ PLACES: dict[str, tuple[Any, str, Any, Any]] = {
     "in a step, before the optimizer": (shards.ZeroShards, "freeze", before, always),
     "in a step, after the optimizer": (loop, "_log_step", before, always),
     "between step and save": (loop, "_save", before, always),
+    "going back, before rows are in quarantine": (ladder, "quarantine", before, always),
+    "going back, before later checkpoints go": (
+        store.CheckpointStore,
+        "remove_after",
+        before,
+        always,
+    ),
+    "going back, before the states are loaded": (store.CheckpointStore, "load", before, always),
 }
 
 

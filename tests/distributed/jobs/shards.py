@@ -304,7 +304,8 @@ def not_finite(recipe: dict, where: str, step: int, rank: int) -> dict[str, Any]
     original_step, original_check = loop.train_step, ZeroShards.non_finite
 
     def snapshot(shards: ZeroShards) -> list[Tensor]:
-        kept = [shards.master(i).clone() for i in shards.slices]
+        kept = [t.clone() for i in shards.slices for t in shards.states(i).values()]
+        kept.append(torch.tensor(shards.optimizer_steps))
         return kept + [i.working.clone() for i in shards.slices]
 
     def train_step(job: Any, rows: Tensor, number: int) -> Any:
@@ -312,14 +313,12 @@ def not_finite(recipe: dict, where: str, step: int, rank: int) -> dict[str, Any]
         if where == "loss" and number == step and dist.get_rank() == rank:
             job.method.loss = lambda logits, labels: cross_entropy(logits, labels) * math.nan
         before = snapshot(job.engine.shards)
-        try:
-            return original_step(job, rows, number)
-        except NonFiniteError as error:
+        result = original_step(job, rows, number)
+        if result.bad is not None:
             after = snapshot(job.engine.shards)
             same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
             found["changed"] = not same
-            found["error"] = str(error)
-            raise
+        return result
 
     def non_finite(self: ZeroShards) -> str | None:
         if where != "loss" and calls["step"] == step and dist.get_rank() == rank:
@@ -336,6 +335,8 @@ def not_finite(recipe: dict, where: str, step: int, rank: int) -> dict[str, Any]
         mock.patch.object(loop, "train_step", train_step),
         mock.patch.object(ZeroShards, "non_finite", non_finite),
     ):
-        with contextlib.suppress(NonFiniteError):
+        try:
             command(recipe)
+        except NonFiniteError as error:
+            found["error"] = str(error)
     return found

@@ -53,6 +53,12 @@ def train(recipe: dict, probe: list[list[int]] | None = None) -> dict[str, Any]:
                 found["rows"].append(batch.row_ids.tolist())
                 return batch
 
+            def __getattr__(self, name: str) -> Any:
+                return getattr(stream, name)
+
+            def __setattr__(self, name: str, value: Any) -> None:
+                setattr(stream, name, value)
+
         return Recorded()
 
     def export_run(
