@@ -117,26 +117,22 @@ def _train_once(
     log(kept.describe(source.shapes))
     engine = _start(recipe, world, source, kept)
     audit = FreezeAudit(engine)
-    output = recipe.run.output_dir
-    ledger = Ledger(output, world)
+    ledger = Ledger(recipe.run.output_dir, world)
     store = open_store(recipe, world, log, ledger)
-    finish_rollback(ledger, store, world, data, output, log)
-    fresh = _finish_roll_back(recipe, world, store, ledger)
+    fresh = _finish_roll_back(recipe, world, store, ledger, data, log)
     state = _resume(recipe, world, store, engine, method, kept, data, source, audit, log)
-    _begin(method, engine, state, ledger, fresh=fresh)
-    world.on_main(lambda: _keep_records(recipe, data))
+    _begin(recipe, data, method, engine, state, ledger, fresh=fresh)
     num_steps = _num_steps(recipe, data)
-    stream = _open_stream(recipe, world, data, state, log)
     extras = open_extras(recipe, method.loss, data, world, source)
     job = Training(
         recipe=recipe,
         world=world,
         engine=engine,
         method=method,
-        stream=stream,
+        stream=_open_stream(recipe, world, data, state, log),
         extras=extras,
         store=store,
-        metrics=MetricsLog(output, visible=world.is_main, step=state.step),
+        metrics=MetricsLog(recipe.run.output_dir, visible=world.is_main, step=state.step),
         ledger=ledger,
         log=log,
         guard=Guard(recipe.guard, state.guard),
@@ -162,13 +158,22 @@ def _train_once(
         job.metrics.close()
     extras.close()
     if recipe.train.export:
-        export_run(recipe, world, source, kept, engine, state, output / EXPORT_FOLDER, log)
+        folder = recipe.run.output_dir / EXPORT_FOLDER
+        export_run(recipe, world, source, kept, engine, state, folder, log)
     engine.destroy()
     return state
 
 
-def _finish_roll_back(recipe: Recipe, world: World, store: CheckpointStore, ledger: Ledger) -> bool:
+def _finish_roll_back(
+    recipe: Recipe,
+    world: World,
+    store: CheckpointStore,
+    ledger: Ledger,
+    data: TrainingData,
+    log: Callable[[str], None],
+) -> bool:
     """Do what a start announced that ended before it was done; say if there is no checkpoint."""
+    finish_rollback(ledger, store, world, data, recipe.run.output_dir, log)
     undone_to = RetentionGate(recipe.retention, ledger).state.undone_to
     if undone_to is not None:
         store.remove_after(undone_to)
@@ -182,13 +187,21 @@ def _start(recipe: Recipe, world: World, source: SourceModel, kept: Protection) 
 
 
 def _begin(
-    method: Method, engine: ZeroEngine, state: RunState, ledger: Ledger, *, fresh: bool
+    recipe: Recipe,
+    data: TrainingData,
+    method: Method,
+    engine: ZeroEngine,
+    state: RunState,
+    ledger: Ledger,
+    *,
+    fresh: bool,
 ) -> None:
     if fresh and overrides(method, EDITS_START):
         method.start(engine.shards)
         engine.shards.write_params()
     event = "resumed" if state.step else "started"
     ledger.note(event, step=state.step, cursor=state.cursor, ranks=engine.world.size)
+    engine.world.on_main(lambda: _keep_records(recipe, data))
 
 
 def _open_stream(
