@@ -22,6 +22,7 @@ from forgetscale.engine.ladder import RolledBack, climb
 from forgetscale.engine.ledger import Ledger
 from forgetscale.engine.metrics import MetricsLog, memory_bytes
 from forgetscale.engine.micro_batches import MicroBatch, batches_of
+from forgetscale.engine.overshoot import OvershootWatch
 from forgetscale.engine.pace import AGREEMENT, COMPUTE, OPTIMIZER, ROWS, Pace
 from forgetscale.engine.retention import RetentionGate
 from forgetscale.engine.step_loss import divide_by_weights, summarize_loss
@@ -347,6 +348,7 @@ def train_loop(job: Training) -> RunState:
     Raises:
         NonFiniteError: Skipping bad steps and going back did not help.
         AuditError: A frozen element changed.
+        ConfigError: A penalty is so strong that steps overshoot it.
         StoppedEarly: A rank was asked to stop; a checkpoint was written first.
     """
     train = job.recipe.train
@@ -355,6 +357,7 @@ def train_loop(job: Training) -> RunState:
     if job.state.step == 0 or _lacks_evaluation(job):
         _evaluate(job)
     _open_gate(job)
+    watch = OvershootWatch(job.recipe.method, job.world.broadcast(job.metrics.first_loss()))
     with job.progress as progress:
         while job.state.step < job.num_steps:
             step = job.state.step + 1
@@ -380,6 +383,8 @@ def train_loop(job: Training) -> RunState:
             more = {**job.pace.measure(step), **_probe_if_due(job)}
             _log_step(job, result, batch, seconds, more)
             progress.update(step, f"loss {result.loss:.4f}" if result.bad is None else "skipped")
+            if result.bad is None:
+                watch.look(step, result.loss, result.method_metrics)
             last = step == job.num_steps
             saves = last or step % train.checkpoint_every_steps == 0 or result.stop
             judged = job.gate.is_due(step, job.num_steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import resource
 import sys
 import time
@@ -101,6 +102,16 @@ class MetricsLog:
             return
         self._append(self._path, values)
         self._scalars(values["step"], {k: v for k, v in values.items() if k != "step"})
+
+    def first_loss(self) -> float | None:
+        """Return the loss of step 1; None where no finite one is written, or on other ranks."""
+        if not self._visible or not self._path.is_file():
+            return None
+        with self._path.open(encoding="utf-8") as file:
+            line = file.readline()
+        found = json.loads(line) if line else {}
+        loss = float(found.get("loss", math.nan))
+        return loss if found.get("step") == 1 and math.isfinite(loss) else None
 
     def evaluation(self, step: int, target_tokens: int, results: list[dict[str, Any]]) -> None:
         """Write one in-loop evaluation."""

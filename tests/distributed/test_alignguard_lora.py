@@ -88,6 +88,23 @@ def test_the_penalty_counts_once_whatever_the_micro_batches(runs: Runs):
     assert last["method/penalty_grad_norm"] > 0.3 * last["method/task_grad_norm"]
 
 
+def test_a_penalty_that_overshoots(ranks: RankServer, runs: Runs):
+    changes = {"adapter": LORA, "train.num_steps": 12}
+    method = section("left", strength=1e6)
+    for size, stiff in ((2, method), (1, {"kind": "l2_sp_lora", "strength": 1e6})):
+        recipe = runs.recipe(f"stiff-{stiff['kind']}", stiff, changes)
+        outcome = ranks.run("training:command", size, recipe=recipe)
+        assert outcome.codes == [2] * size, outcome.errors
+        sentence = outcome.errors[0]
+        assert "overshoot it" in sentence and "method.strength (1e+06)" in sentence
+        assert ("method.action: prox" in sentence) == ("action" in stiff)
+    recipe = runs.recipe("stiff-prox", section("left", "prox", strength=1e6), changes)
+    assert ranks.run("training:command", 1, recipe=recipe).codes == [0]
+    # A hundred times the default is strong, and sound.
+    recipe = runs.recipe("strong", section("left", strength=25.0), changes)
+    assert ranks.run("training:command", 1, recipe=recipe).codes == [0]
+
+
 def test_layers_that_are_not_adapted(ranks: RankServer, runs: Runs):
     adapter = {**LORA, "target_modules": ["q_proj"]}
     method = {"kind": "l2_sp_lora", "target_modules": ["up_proj"]}
