@@ -85,7 +85,8 @@ def describe(outlook: Outlook, world_size: int) -> str:
     memory = outlook.memory
     state, kept = memory.state, memory.protection
     host = " (host)" if state.offloaded else ""
-    passing = memory.micro_batch >= memory.step
+    again = memory.refresh.device if memory.refresh else 0
+    passing = again + memory.micro_batch >= memory.step
     parts = [
         ("weights", state.weights),
         (f"fp32 master weights{host}", state.masters),
@@ -97,6 +98,7 @@ def describe(outlook: Outlook, world_size: int) -> str:
         *([("frozen source model", memory.reference)] if memory.reference else []),
         *([(f"anchors (source weights){host}", kept.anchors)] if kept.anchors else []),
         *([(f"Fisher basis{host}", kept.basis)] if kept.basis else []),
+        *([("model of a refresh", memory.refresh.device)] if memory.refresh else []),
         ("gathered parameters", memory.gathered),
         ("activations", memory.activations),
         ("loss", memory.loss),
@@ -105,7 +107,8 @@ def describe(outlook: Outlook, world_size: int) -> str:
     ]
     tokens = outlook.num_steps * outlook.target_tokens_per_step
     share = outlook.num_frozen / outlook.num_parameters
-    peak = "forward and backward" if passing else "the optimizer's step"
+    pass_name = "a refresh" if memory.refresh else "forward and backward"
+    peak = pass_name if passing else "the optimizer's step"
     lines = [
         f"parameters            {outlook.num_parameters:,}",
         f"freeze plan           {outlook.num_frozen:,} frozen ({share:.2%}), layout"

@@ -19,7 +19,7 @@ from forgetscale.engine.estimate import MemoryEstimate, estimate_memory, trace_r
 from forgetscale.engine.extras import open_extras
 from forgetscale.engine.flops import model_flops_per_token
 from forgetscale.engine.loop import accumulate, count_targets
-from forgetscale.engine.memory.protection import protection_bytes
+from forgetscale.engine.memory.protection import protection_bytes, refresh_bytes
 from forgetscale.engine.metrics import memory_bytes
 from forgetscale.engine.micro_batches import batches_of
 from forgetscale.engine.protection import Protection, adapted
@@ -112,6 +112,7 @@ def look_ahead(
         world_size=world_size,
         edits_gradients=overrides(method, EDITS_GRADIENTS),
         protection=protection_bytes(recipe, skeleton, shapes, world_size),
+        refresh=refresh_bytes(recipe, shapes, world_size),
     )
     targets_per_row = data.targets_per_row(document_mask=recipe.data.document_mask)
     outlook = Outlook(

@@ -63,6 +63,8 @@ class MemoryEstimate:
     offload."""
     reference: int
     """Slices of the frozen source model that the loss looks at; 0 without one or with a cache."""
+    refresh: StateBytes | None
+    """Second engine while a method measures again between steps; None without a refresh."""
     step: int
     """Copies of gradients while the optimizer steps; nothing of the model's pass is left then."""
 
@@ -76,12 +78,14 @@ class MemoryEstimate:
         """Peak where the model computes."""
         lasting = self.state.device + self.bucket + self.buffers + self.reference
         lasting += 0 if self.state.offloaded else self._kept
-        return lasting + max(self.micro_batch, self.step)
+        again = 0 if self.refresh is None else self.refresh.device
+        return lasting + max(again + self.micro_batch, self.step)
 
     @property
     def host(self) -> int:
         """Bytes in host memory through offload."""
-        return self.state.host + (self._kept if self.state.offloaded else 0)
+        again = 0 if self.refresh is None else self.refresh.host
+        return self.state.host + again + (self._kept if self.state.offloaded else 0)
 
     @property
     def _kept(self) -> int:
@@ -155,6 +159,7 @@ def estimate_memory(
     world_size: int,
     edits_gradients: bool = False,
     protection: ProtectionBytes | None = None,
+    refresh: StateBytes | None = None,
 ) -> MemoryEstimate:
     """Put the parts together.
 
@@ -166,6 +171,8 @@ def estimate_memory(
         world_size: Number of ranks, > 0.
         edits_gradients: The method edits gradients, which it sees in fp32.
         protection: What penalties and projections keep; None for nothing.
+        refresh: Second engine of a method that measures again; None without. Its micro-batches
+            are taken to be as large as those of training.
     """
     zero = read_deepspeed(recipe.deepspeed)["zero_optimization"]
     width = DTYPE_BYTES[recipe.model.dtype]
@@ -193,6 +200,7 @@ def estimate_memory(
         loss=parts.get(LOSS, 0),
         backward=parts.get(BACKWARD, 0),
         reference=_reference_bytes(recipe, shapes, world_size),
+        refresh=refresh,
         step=_step_copies(recipe, shapes, layout, world_size, zero, edits_gradients),
     )
 

@@ -80,6 +80,7 @@ class MetricsLog:
 
     def __init__(self, directory: Path, *, visible: bool, step: int) -> None:
         self._visible = visible
+        self._resumed = step > 0
         self._path = directory / METRICS_FILE
         self._curve = directory / CURVE_FILE
         self._board: Any = None
@@ -104,14 +105,18 @@ class MetricsLog:
         self._scalars(values["step"], {k: v for k, v in values.items() if k != "step"})
 
     def first_loss(self) -> float | None:
-        """Return the loss of step 1; None where no finite one is written, or on other ranks."""
-        if not self._visible or not self._path.is_file():
+        """Return the loss of the first step that was done; None if there is none, or elsewhere.
+
+        Infinite for a resumed run whose lines are gone: what it began with is not known any more.
+        """
+        if not self._visible:
             return None
-        with self._path.open(encoding="utf-8") as file:
-            line = file.readline()
-        found = json.loads(line) if line else {}
-        loss = float(found.get("loss", math.nan))
-        return loss if found.get("step") == 1 and math.isfinite(loss) else None
+        if self._path.is_file():
+            with self._path.open(encoding="utf-8") as file:
+                for line in file:
+                    if "loss" in (found := json.loads(line)):
+                        return float(found["loss"])
+        return math.inf if self._resumed else None
 
     def evaluation(self, step: int, target_tokens: int, results: list[dict[str, Any]]) -> None:
         """Write one in-loop evaluation."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from forgetscale.config import STRUCTURES_OF, Recipe
 from forgetscale.engine.adapters import find_adapters
-from forgetscale.engine.memory.state import DTYPE_BYTES, Shapes
+from forgetscale.engine.memory.state import DTYPE_BYTES, Shapes, StateBytes, state_bytes
 
 FLOAT = 4
 ADAPTER_KINDS = ("alignguard_lora", "ewc_lora", "l2_sp_lora")
@@ -108,7 +108,7 @@ def protection_bytes(
     if kind == "osf":
         sides = (basis_bytes(matrices, side, method.rank, world_size) for side in ("left", "right"))
         return ProtectionBytes(anchors, sum(sides))
-    parts = STRUCTURES_OF[method.reading] if hasattr(method, "reading") else ("diagonal",)
+    parts = _needed_parts(method)
     # Forms on factors keep whole sides on every rank.
     ranks_of = {
         part: 1 if kind in ADAPTER_KINDS and part in ("left", "right") else world_size
@@ -118,6 +118,39 @@ def protection_bytes(
     mine = sum(basis_bytes(held, part, rank, ranks_of[part]) for part in parts)
     disk = sum(basis_bytes(held, part, rank) for part in {*parts, *method.fisher.structures})
     return ProtectionBytes(anchors, mine, disk)
+
+
+def _needed_parts(method: Any) -> tuple[str, ...]:
+    """Return the parts of a basis that a method goes by."""
+    if not hasattr(method, "reading"):
+        return ("diagonal",)
+    collision = getattr(method, "collision", None)
+    more = ("diagonal",) if collision is not None and collision.metric == "diagonal" else ()
+    return (*STRUCTURES_OF[method.reading], *more)
+
+
+def refresh_bytes(recipe: Recipe, shapes: Shapes, world_size: int) -> StateBytes | None:
+    """Return what one rank holds of the second engine while a method measures again.
+
+    Factors of sides come from forward and backward without an optimizer, so its weights are all;
+    diagonals and flattened directions come from reduced gradients, and the engine that reduces
+    them holds the states of every weight, with an adapter too.
+
+    Args:
+        recipe: Resolved recipe.
+        shapes: Parameter shapes of the source model.
+        world_size: Number of ranks, > 0.
+
+    Returns:
+        None for a method that does not measure again.
+    """
+    method: Any = recipe.method
+    if getattr(method, "refresh", None) is None:
+        return None
+    found = state_bytes(recipe, shapes, None, world_size)
+    if {*_needed_parts(method), *method.fisher.structures} <= {"left", "right"}:
+        return StateBytes(found.weights, 0, 0, 0, 0, offloaded=False)
+    return found
 
 
 def _factor_sides(recipe: Recipe, structure: Any) -> ProtectionBytes:

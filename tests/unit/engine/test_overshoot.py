@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -65,10 +66,16 @@ def test_the_sentence(section, prox: bool):
 def test_the_first_loss_is_read_back(tmp_path):
     log = MetricsLog(tmp_path, visible=True, step=0)
     assert log.first_loss() is None
-    for step in (1, 2):
-        log.step({"step": step, "loss": 3.5 / step})
+    log.step({"step": 1})  # it was skipped
+    for step in (2, 3):
+        log.step({"step": step, "loss": 7.0 / step})
     log.close()
-    resumed = MetricsLog(tmp_path, visible=True, step=1)
+    resumed = MetricsLog(tmp_path, visible=True, step=2)
     assert resumed.first_loss() == 3.5
     resumed.close()
     assert MetricsLog(tmp_path, visible=False, step=1).first_loss() is None
+    (tmp_path / "metrics.jsonl").unlink()
+    lost = MetricsLog(tmp_path, visible=True, step=2)
+    assert lost.first_loss() == math.inf
+    lost.close()
+    assert follow([50.0] * 20, [3.0] * 20, first=math.inf) == 20, "nothing to go by"
