@@ -8,7 +8,6 @@ of restorations with all controls. Every stage is a command a user could type.
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from forgetscale.artifact import read_manifest, write_json
-from forgetscale.cli.miniature import BATCH_SIZE, BLOCK_SIZE, DS_CONFIG, SOURCE_LR
-from forgetscale.cli.stages import Terminal, forgetscale_command, run_stage
-from forgetscale.errors import ConfigError, DataError
+from forgetscale.artifact import read_manifest
+from forgetscale.cli.stages import Terminal, forgetscale_command
+from forgetscale.cli.world_folder import BATCH_SIZE, WorldFolder, exists
 from forgetscale.knowledge.study import (
     CAPS,
     DEV,
@@ -58,25 +54,9 @@ Row = dict[str, Any]
 
 
 @dataclass(slots=True)
-class KnowledgeWorld:
-    """One world, its source model and its tuned models below one folder.
+class KnowledgeWorld(WorldFolder):
+    """One world, its source model and its tuned models below one folder."""
 
-    Args:
-        output: Folder of the whole quick start.
-        seed: Seed of world, training and draws.
-        ranks: Processes per run.
-        threads: Threads per process.
-        terminal: Where progress is shown.
-        ds_config: DeepSpeed JSON; None writes a small one.
-    """
-
-    output: Path
-    seed: int
-    ranks: int
-    threads: int
-    terminal: Terminal
-    ds_config: Path | None
-    _world: Path | None = field(default=None, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
@@ -84,115 +64,57 @@ class KnowledgeWorld:
         """Folder of this seed."""
         return self.output / f"knowledge-seed-{self.seed}"
 
-    @property
-    def world(self) -> Path:
-        """Folder of the generated world."""
-        assert self._world is not None
-        return self._world
-
-    @property
-    def source(self) -> Path:
-        """The trained source model."""
-        return self.folder / "source" / "export"
-
     def generate(self) -> None:
         """Build the world, or find it; one after another, since torch's seed is global.
 
         Raises:
             ConfigError: The folder was made from another world.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._world = ensure_graded(self.output / "worlds", self.seed)
-        marker = self.folder / "world.txt"
-        if not marker.is_file():
-            marker.write_text(self.world.name + "\n", encoding="utf-8")
-        if marker.read_text(encoding="utf-8").strip() != self.world.name:
-            raise ConfigError(
-                f"{self.folder} was made from another world than {self.world.name}; choose another"
-                " --output or remove the folder."
-            )
+        self.take_world(ensure_graded(self.output / "worlds", self.seed))
 
     def prepare(self) -> None:
         """Train the source model, probe what it knows, draw conversations and questions."""
-        if self.ds_config is None:
-            self.ds_config = self.output / "zero3.json"
-            if not self.ds_config.is_file():
-                write_json(self.ds_config, DS_CONFIG)
-        self._build("source", self.world / "chat" / "train.jsonl", BLOCK_SIZE, "--chat")
+        self.require_ds_config()
+        self.build("tokens/source", [self.world / "chat" / "train.jsonl"], "--chat")
         blocks = read_manifest(self.folder / "tokens" / "source", "token_set")["payload"]
         steps = int(blocks["num_rows"]) // BATCH_SIZE
-        self._train("source", self._recipe("source", steps, SOURCE_LR, BATCH_SIZE))
+        self._train("source", self.source_recipe(steps))
         self._probe()
         self._draw()
 
     # ---- stages -------------------------------------------------------------------------
 
-    def _stage(self, name: str, command: Sequence[str]) -> None:
-        label = f"seed {self.seed}: {name}"
-        log = self.folder / "logs" / f"{name.replace('/', '-')}.txt"
-        run_stage(label, command, log, self.terminal, threads=self.threads)
-
-    def _exists(self, directory: Path, kind: str) -> bool:
-        try:
-            read_manifest(directory, kind)
-        except DataError:
-            return False
-        return True
-
-    def _build(self, name: str, path: Path, row_tokens: int, *flags: str) -> None:
-        output = self.folder / "tokens" / name
-        if self._exists(output, "token_set"):
-            return
-        command = [sys.executable, "-m", "data_prep", "build", "--input", str(path)]
-        command += ["--output", str(output), "--tokenizer", str(self.world / "tokenizer")]
-        command += ["--block-size", str(row_tokens), "--num-processes", "1", *flags]
-        self._stage(f"build {name}", command)
-
-    def _recipe(self, name: str, steps: int, lr: float, batch: int) -> Row:
-        is_source = name == "source"
-        path = self.folder / "tokens" / ("source" if is_source else name.partition("-steps")[0])
-        return {
-            "run": {"name": name, "output_dir": str(self.folder / name), "seed": self.seed},
-            "model": {
-                "path": str(self.world / "init" if is_source else self.source),
-                "dtype": "float32",
-            },
-            "data": {
-                "kind": "tokens" if is_source else "sft",
-                "path": str(path),
-                "shuffle_seed": self.seed,
-            },
+    def _tuning_recipe(self, name: str, steps: int) -> Row:
+        path = self.folder / "tokens" / name.partition("-steps")[0]
+        return self.recipe(name, steps, TUNING_LR, TUNING_BATCH) | {
+            "model": {"path": str(self.source_model), "dtype": "float32"},
+            "data": {"kind": "sft", "path": str(path), "shuffle_seed": self.seed},
             "method": {"kind": "sft"},
-            "optim": {"lr": lr, "warmup_fraction": 0.05, "weight_decay": 0.01},
-            "train": {
-                "num_steps": steps,
-                "micro_batch_size": max(1, batch // self.ranks),
-                "global_batch_size": batch,
-                "checkpoint_every_steps": steps,
-            },
-            "deepspeed": str(self.ds_config),
         }
 
     def _train(self, name: str, recipe: Row) -> None:
-        if self._exists(self.folder / name / "export", "model_export"):
-            return
-        path = self.folder / "recipes" / f"{name}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        self._stage(name, forgetscale_command(["train", "--config", str(path)], self.ranks))
+        if not exists(self.folder / name / "export", "model_export"):
+            self.train_as(name, recipe)
 
     def _probe(self) -> None:
         output = self.folder / "mastery"
-        if self._exists(output, "mastery"):
+        if exists(output, "mastery"):
             return
         facts = self._facts()
         inside = sorted({fact["relation"] for fact in facts if fact["domain"] == "in"})
-        arguments = ["analyze", "--mastery", "--model", str(self.source), "--output", str(output)]
+        arguments = [
+            "analyze",
+            "--mastery",
+            "--model",
+            str(self.source_model),
+            "--output",
+            str(output),
+        ]
         arguments += ["--facts", str(self.world / "facts.jsonl")]
         arguments += ["--templates", str(self.world / "openings.json"), "--in-domain", *inside]
         arguments += ["--samples", str(SAMPLES), "--sample-tokens", "6", "--sample-batch", "80"]
         arguments += ["--match-case", "--sample-seed", str(self.seed)]
-        self._stage("probe mastery", forgetscale_command(arguments, 1))
+        self.run("probe mastery", forgetscale_command(arguments, 1))
 
     def _facts(self) -> list[Row]:
         with (self.world / "facts.jsonl").open(encoding="utf-8") as file:
@@ -281,8 +203,9 @@ class KnowledgeWorld:
         name = f"{data}-steps{steps}"
         with self._lock:  # two settings share the conversations
             path = self.folder / "sft" / f"{data}.jsonl"
-            self._build(data, path, ROW_TOKENS, "--sft", "--packing", "none")
-        self._train(name, self._recipe(name, steps, TUNING_LR, TUNING_BATCH))
+            flags = ("--sft", "--packing", "none")
+            self.build(f"tokens/{data}", [path], *flags, block_size=ROW_TOKENS)
+        self._train(name, self._tuning_recipe(name, steps))
         self._sweep(name, data)
         return Run(
             self.seed,
@@ -304,13 +227,13 @@ class KnowledgeWorld:
         output = self.folder / "sweeps" / name
         if (output / "selection.json").is_file():
             return
-        arguments = ["restore", "--source", str(self.source)]
+        arguments = ["restore", "--source", str(self.source_model)]
         arguments += ["--tuned", str(self.folder / name / "export"), "--output", str(output)]
         arguments += ["--fraction", *FRACTIONS, "--controls", "--also-score", "absolute", "base"]
         arguments += ["--seed", str(self.seed), "--task-dir", str(tasks), "--dev-tasks", *of(DEV)]
         arguments += ["--test-tasks", *of(TEST), *of(PLAIN), *of(OTHER), f"{TRAINED}-{data}"]
         arguments += ["--batch-size", "64", "--workers", "1", "--keep", "chosen"]
-        self._stage(f"restore {name}", forgetscale_command(arguments, 1))
+        self.run(f"restore {name}", forgetscale_command(arguments, 1))
 
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:

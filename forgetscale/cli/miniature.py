@@ -5,37 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from forgetscale.artifact import read_manifest, write_json
-from forgetscale.cli.stages import Terminal, forgetscale_command, run_stage
+from forgetscale.cli.stages import forgetscale_command
 from forgetscale.cli.studies import Inputs, Study
+from forgetscale.cli.world_folder import BATCH_SIZE, WorldFolder, exists
 from forgetscale.config import validate_recipe
 from forgetscale.data import open_data
 from forgetscale.engine import check_run_folder
-from forgetscale.errors import ConfigError, DataError
 from forgetscale.generation.style import STYLE_FILE
 from forgetscale.testbed import ensure_world
 
-BLOCK_SIZE = 64
 SOURCE_STEPS = 1200
-SOURCE_LR = 5e-3
-BATCH_SIZE = 16
-DS_CONFIG = {
-    "zero_optimization": {
-        "stage": 3,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": 5_000_000,
-        "stage3_prefetch_bucket_size": 5_000_000,
-        "stage3_param_persistence_threshold": 100_000,
-    }
-}
 
 
 def _first_share(recipe: dict[str, Any], data: dict[str, Any]) -> float:
@@ -51,7 +35,7 @@ def _first_share(recipe: dict[str, Any], data: dict[str, Any]) -> float:
 
 
 @dataclass(slots=True)
-class Miniature:
+class Miniature(WorldFolder):
     """A world, its source model and its adaptation runs below one folder.
 
     Args:
@@ -64,51 +48,25 @@ class Miniature:
         study: What the world is asked.
     """
 
-    output: Path
-    seed: int
-    ranks: int
-    threads: int
-    terminal: Terminal
-    ds_config: Path | None
     study: Study
     _locks: dict[str, threading.Lock] = field(default_factory=dict, init=False)
-    _world: Path | None = field(default=None, init=False)
 
     @property
     def folder(self) -> Path:
         """Folder of this seed."""
         return self.output / f"seed-{self.seed}"
 
-    @property
-    def world(self) -> Path:
-        """Folder of the generated world."""
-        assert self._world is not None
-        return self._world
-
     def generate(self) -> None:
         """Build the world, or find it. Worlds are drawn one after another: torch's seed is global.
 
         Raises:
-            ConfigError: The folder was made from another world (another version of the testbed).
+            ConfigError: The folder was made from another world.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._world = ensure_world(self.output / "worlds", self.seed)
-        marker = self.folder / "world.txt"
-        if not marker.is_file():
-            marker.write_text(self.world.name + "\n", encoding="utf-8")
-        made_from = marker.read_text(encoding="utf-8").strip()
-        if made_from != self.world.name:
-            raise ConfigError(
-                f"{self.folder} was made from {made_from}, this version makes {self.world.name};"
-                " choose another --output or remove the folder."
-            )
+        self.take_world(ensure_world(self.output / "worlds", self.seed))
 
     def prepare(self) -> None:
         """Make token sets and the source model; measure the source model."""
-        if self.ds_config is None:
-            self.ds_config = self.output / "zero3.json"
-            if not self.ds_config.is_file():
-                write_json(self.ds_config, DS_CONFIG)
+        self.require_ds_config()
         text, chat = self.world / "text", self.world / "chat"
         self.build("tokens/calibration", [chat / "calibration.jsonl"], "--chat")
         self.build("tokens/source", [chat / "train.jsonl"], "--chat")
@@ -127,7 +85,7 @@ class Miniature:
             questions = sft / "tasks"
         for path in [*questions.glob("*.jsonl"), self.world / "vocabulary.json"]:
             shutil.copyfile(path, self.tasks / path.name)
-        self._train("source", self._source_recipe())
+        self._train("source", self.source_recipe(SOURCE_STEPS))
         self._evaluate_source()
         if self.study.make is not None:
             self.study.make(self)
@@ -136,11 +94,6 @@ class Miniature:
     def tasks(self) -> Path:
         """Folder of the study's tasks."""
         return self.folder / f"{self.study.prefix}tasks"
-
-    @property
-    def source_model(self) -> Path:
-        """The trained source model, a Hugging Face folder."""
-        return self.folder / "source" / "export"
 
     def adapt(self, method: str) -> Path:
         """Adapt the source model; return the run folder."""
@@ -172,28 +125,6 @@ class Miniature:
 
     # ---- stages -------------------------------------------------------------------------
 
-    def _log(self, name: str) -> Path:
-        return self.folder / "logs" / f"{name.replace('/', '-')}.txt"
-
-    def _exists(self, directory: Path, kind: str) -> bool:
-        try:
-            read_manifest(directory, kind)
-        except DataError:
-            return False
-        return True
-
-    def build(self, name: str, inputs: list[Path], *flags: str) -> None:
-        """Build a token set below the folder of this seed, unless it is there."""
-        output = self.folder / name
-        if self._exists(output, "token_set"):
-            return
-        command = [sys.executable, "-m", "data_prep", "build"]
-        command += ["--input", *map(str, inputs), "--output", str(output)]
-        command += ["--tokenizer", str(self.world / "tokenizer"), "--block-size", str(BLOCK_SIZE)]
-        command += ["--num-processes", "1", *flags]
-        label = f"seed {self.seed}: {name}"
-        run_stage(label, command, self._log(f"build-{name}"), self.terminal, threads=self.threads)
-
     def command(self, label: str, arguments: list[str], output: Path, kind: str) -> None:
         """Run a ForgetScale command on one process, unless its artefact is there.
 
@@ -203,13 +134,11 @@ class Miniature:
             output: What it makes.
             kind: Kind of artefact.
         """
-        if not self._exists(output, kind):
+        if not exists(output, kind):
             self._run(label, arguments)
 
     def _run(self, label: str, arguments: list[str]) -> None:
-        command = forgetscale_command(arguments, 1)
-        log = self._log(label.replace(" ", "-"))
-        run_stage(f"seed {self.seed}: {label}", command, log, self.terminal, threads=self.threads)
+        self.run(label, forgetscale_command(arguments, 1))
 
     def _measure_style(self, name: str, run_dir: Path) -> None:
         """Measure drift of a finished run, and the style of its data, where the study asks."""
@@ -224,61 +153,28 @@ class Miniature:
         run_dir = Path(recipe["run"]["output_dir"])
         wants_results = bool(recipe.get("evaluate", {}).get("tasks"))
         check_run_folder(validate_recipe(recipe))
-        finished = self._exists(run_dir / "export", "model_export") and (
-            not wants_results or self._exists(run_dir / "results" / "final", "result")
+        finished = exists(run_dir / "export", "model_export") and (
+            not wants_results or exists(run_dir / "results" / "final", "result")
         )
         if finished:
             return run_dir
-        path = self.folder / "recipes" / f"{name}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        command = forgetscale_command(["train", "--config", str(path)], self.ranks)
-        label = f"seed {self.seed}: {name}"
-        run_stage(label, command, self._log(name), self.terminal, threads=self.threads)
+        self.train_as(name, recipe)
         return run_dir
 
     def _evaluate_source(self) -> None:
         output = self._source_results
-        if self._exists(output, "result"):
+        if exists(output, "result"):
             return
         arguments = ["evaluate", "--model", str(self.source_model), "--output", str(output)]
         arguments += ["--task-dir", str(self.tasks), "--tasks", *self.study.tasks]
         command = forgetscale_command(arguments, self.ranks)
-        label = f"seed {self.seed}: measure the source model"
-        run_stage(label, command, self._log(output.name), self.terminal, threads=self.threads)
+        self.run("measure the source model", command, output.name)
 
     # ---- recipes ------------------------------------------------------------------------
 
-    def _common(self, name: str, num_steps: int, lr: float) -> dict[str, Any]:
-        return {
-            "run": {
-                "name": name,
-                "output_dir": str(self.folder / name),
-                "seed": self.seed,
-            },
-            "optim": {"lr": lr, "warmup_fraction": 0.05, "weight_decay": 0.01},
-            "train": {
-                "num_steps": num_steps,
-                "micro_batch_size": max(1, BATCH_SIZE // self.ranks),
-                "global_batch_size": BATCH_SIZE,
-                "checkpoint_every_steps": max(1, num_steps // 2),
-            },
-            "deepspeed": str(self.ds_config),
-        }
-
-    def _source_recipe(self) -> dict[str, Any]:
-        recipe = self._common("source", SOURCE_STEPS, SOURCE_LR)
-        recipe["model"] = {"path": str(self.world / "init"), "dtype": "float32"}
-        recipe["data"] = {
-            "path": str(self.folder / "tokens" / "source"),
-            "shuffle_seed": self.seed,
-        }
-        recipe["method"] = {"kind": "sft"}
-        return recipe
-
     def _target_recipe(self, name: str, method: str) -> dict[str, Any]:
         study = self.study
-        recipe = self._common(name, study.num_steps, study.lr)
+        recipe = self.recipe(name, study.num_steps, study.lr, BATCH_SIZE)
         recipe["run"]["label"] = method
         recipe["model"] = {"path": str(self.source_model), "dtype": "float32"}
         recipe["data"] = {
