@@ -108,3 +108,5 @@ def _write_fisher(
     basis = write_basis(output, measured, recipe, world)
     parts = ", ".join(f"{len(basis.names(k))} {k}" for k in KINDS if basis.names(k))
     log(f"wrote {output}: {parts}; from {basis.payload['num_rows']} rows")
+    if (cosine := basis.payload.get("contrast_cosine")) is not None:
+        log(f"contrast: mean cosine {cosine:.4f} to the directions without it; 1: no difference")

@@ -80,6 +80,8 @@ def test_supervised_rows_and_contrast(ranks: RankServer, runs: Runs, tmp_path):
             assert torch.allclose(eye, torch.eye(len(eye)), atol=1e-4), kind
         cosines = torch.linalg.svdvals(plain[key].t() @ contrast[key])
         assert float(cosines.min()) < 0.99, "general data chose other directions"
+    assert 0 < contrast["payload"]["contrast_cosine"] < 0.99
+    assert "contrast_cosine" not in plain["payload"]
     assert torch.equal(
         plain["diagonal/model.norm.weight"] > 0, contrast["diagonal/model.norm.weight"] > 0
     )

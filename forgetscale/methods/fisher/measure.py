@@ -17,7 +17,12 @@ from forgetscale.methods.fisher.samples import Pass, vector_groups, vector_part
 from forgetscale.methods.fisher.sides import SideMoments, measure_sides, side_groups
 from forgetscale.methods.fisher.targets import held_names, match_targets
 from forgetscale.methods.ssu.targets import Target
-from forgetscale.ops.fisher import contrast_side_basis, explained_rank, side_basis
+from forgetscale.ops.fisher import (
+    contrast_side_basis,
+    explained_rank,
+    principal_cosines,
+    side_basis,
+)
 from forgetscale.projections.basis import CONVENTION, FisherBasis, MeasuredBasis
 
 
@@ -46,6 +51,9 @@ class _Builder:
         self.measured = MeasuredBasis()
         self._sums: dict[str, float] = {}
         self._counts: dict[str, float] = {}
+        self.cosines: list[float] = []
+        """Of the principal angles between directions with and without contrast, in the mean, one
+        number for each side of a matrix."""
 
     def values(self, kind: str, name: str, values: Tensor, trace: float) -> None:
         self.measured.whole[f"values/{kind}/{name}"] = values.float()
@@ -97,6 +105,8 @@ def _keep_sides(
             basis, kept, _ = contrast_side_basis(
                 matrix, other.moments[side], m, damping=config.damping
             )
+            plain, _ = side_basis(matrix, m)
+            builder.cosines.append(float(principal_cosines(plain, basis).mean()))
         builder.measured.whole[f"{side}/{target.name}"] = basis.float()
         builder.values(side, target.name, kept, moments.trace)
 
@@ -181,6 +191,9 @@ def measure_basis(
         "seed": calibration.seed,
         **calibration.provenance(),
     }
+    if builder.cosines:
+        cosine = sum(builder.cosines) / len(builder.cosines)
+        builder.measured.payload["contrast_cosine"] = cosine
     return builder.measured
 
 
