@@ -59,6 +59,8 @@ class ShardSet(Protocol):
     """Number of ranks."""
     lr: float
     """Learning rate of the step that is being made; 0 outside a step."""
+    decay: float
+    """Share of a matrix that the step's decoupled decay took: learning rate times weight decay."""
 
     def __iter__(self) -> Iterator[ParamShard]:
         """Yield the slices in the same order on every rank."""
@@ -68,6 +70,9 @@ class ShardSet(Protocol):
 
     def gather(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Return whole parameters as detached fp32 copies. Collective: every rank must call it."""
+
+    def momentum(self, name: str) -> Tensor:
+        """Return the ``[S]`` fp32 first moment of a trained slice, a view."""
 
 
 @dataclass(frozen=True, slots=True)

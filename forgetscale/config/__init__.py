@@ -90,8 +90,10 @@ from forgetscale.config.recipe import (
     RunConfig,
     TrainConfig,
 )
+from forgetscale.config.restoration import RestoreConfig
 from forgetscale.config.retention import ACTIONS, BudgetConfig, RetentionConfig
 from forgetscale.config.roots import paths_of, require_roots
+from forgetscale.config.updates import MofoMethodConfig, SpdMethodConfig
 from forgetscale.config.yaml_files import UniqueKeyLoader, parse_yaml
 
 __all__ = [
@@ -155,7 +157,10 @@ __all__ = [
     "OptimConfig",
     "Recipe",
     "ReferenceConfig",
+    "RestoreConfig",
     "RunConfig",
+    "MofoMethodConfig",
+    "SpdMethodConfig",
     "SCORES",
     "SftMethodConfig",
     "SsuMethodConfig",

@@ -31,6 +31,7 @@ from forgetscale.config.neighbours import (
     SaloraMethodConfig,
 )
 from forgetscale.config.ranges import STRICT, require, require_fraction
+from forgetscale.config.updates import MofoMethodConfig, SpdMethodConfig
 
 ScoreName = Literal[
     "paper",
@@ -330,6 +331,8 @@ MethodConfig = Annotated[
     | OploraMethodConfig
     | AsftLoraMethodConfig
     | SaloraMethodConfig
-    | LoraNullMethodConfig,
+    | LoraNullMethodConfig
+    | SpdMethodConfig
+    | MofoMethodConfig,
     Discriminator("kind"),
 ]

@@ -18,6 +18,7 @@ from forgetscale.config.data import DataConfig
 from forgetscale.config.guard import GuardConfig
 from forgetscale.config.methods import MethodConfig
 from forgetscale.config.ranges import STRICT, require
+from forgetscale.config.restoration import RestoreConfig
 from forgetscale.config.retention import RetentionConfig
 from forgetscale.config.roots import require_roots
 
@@ -258,6 +259,8 @@ class Recipe:
     """What of the source model's abilities may be lost; None measures without a gate."""
     roots: tuple[Path, ...] = ()
     """Folders that every path of the recipe must lie in, links resolved; none allows all."""
+    restore: RestoreConfig | None = None
+    """Puts source values back into part of the weights while training; None never does."""
 
     def __post_init__(self) -> None:
         """Check clashes between sections."""
@@ -284,6 +287,10 @@ class Recipe:
             or self.retention.task_dir is not None
             or evaluate.task_dir is not None,
             "retention needs task_dir, the folder its tasks are in (or evaluate.task_dir)",
+        )
+        require(
+            self.restore is None or self.adapter is None,
+            "restore puts source weights back, and with an adapter they never move; remove one",
         )
         require(
             not evaluate.tasks or self.adapter is None or self.adapter.merge,

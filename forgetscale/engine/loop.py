@@ -24,6 +24,7 @@ from forgetscale.engine.metrics import MetricsLog, memory_bytes
 from forgetscale.engine.micro_batches import MicroBatch, batches_of
 from forgetscale.engine.overshoot import OvershootWatch
 from forgetscale.engine.pace import AGREEMENT, COMPUTE, OPTIMIZER, ROWS, Pace
+from forgetscale.engine.restoration import Restoration
 from forgetscale.engine.retention import RetentionGate
 from forgetscale.engine.step_loss import divide_by_weights, summarize_loss
 from forgetscale.errors import DataError, StoppedEarly
@@ -67,6 +68,7 @@ class Training:
     gate: RetentionGate
     measure_retention: Evaluate | None
     state: RunState
+    restoration: Restoration | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +206,8 @@ def train_step(job: Training, batch: StreamBatch, step: int) -> StepResult:
     if overrides(job.method, EDITS_PARAMS):
         method_metrics |= job.method.after_step(shards, step)
         shards.write_params()
+    if job.restoration is not None:
+        method_metrics |= job.restoration.after_step(step)
     return StepResult(mean_loss, grad_norm, num_targets, agreed.stop, method_metrics)
 
 

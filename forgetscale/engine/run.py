@@ -39,8 +39,9 @@ from forgetscale.engine.metrics import MetricsLog, RunLog
 from forgetscale.engine.pace import Pace
 from forgetscale.engine.protection import Protection, settle_protection
 from forgetscale.engine.refresh import make_refresh
+from forgetscale.engine.restoration import Restoration
 from forgetscale.engine.retention import RetentionGate
-from forgetscale.engine.start import SourceModel, open_source, start_engine
+from forgetscale.engine.start import SourceModel, open_source, source_reader, start_engine
 from forgetscale.errors import AuditError, CheckpointError, ConfigError
 from forgetscale.progress import Progress
 from forgetscale.zero3 import DTYPES, World, ZeroEngine
@@ -111,8 +112,7 @@ def _train_once(
     probe: Probe | None,
     measure_retention: Evaluate | None,
 ) -> RunState:
-    data = open_data(recipe.data, recipe.model.path)
-    source = open_source(recipe, world)
+    data, source = open_data(recipe.data, recipe.model.path), open_source(recipe, world)
     kept = settle_protection(recipe, world, source, method, log)
     log(kept.describe(source.shapes))
     engine = _start(recipe, world, source, kept)
@@ -147,6 +147,7 @@ def _train_once(
         gate=RetentionGate(recipe.retention, ledger),
         measure_retention=measure_retention,
         state=state,
+        restoration=_restoration(recipe, world, source, kept, engine),
     )
     try:
         state = train_loop(job)
@@ -184,6 +185,14 @@ def _start(recipe: Recipe, world: World, source: SourceModel, kept: Protection) 
     return start_engine(
         recipe, world, source, plan=kept.plan, training=True, adapters=kept.adapters
     )
+
+
+def _restoration(
+    recipe: Recipe, world: World, source: SourceModel, kept: Protection, engine: ZeroEngine
+) -> Restoration | None:
+    if recipe.restore is None:
+        return None
+    return Restoration(recipe.restore, engine, source_reader(recipe, world, source, kept.plan))
 
 
 def _begin(

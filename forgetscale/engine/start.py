@@ -151,6 +151,13 @@ def start_engine(
     return engine
 
 
+def source_reader(
+    recipe: Recipe, world: World, source: SourceModel, plan: FreezePlan | None
+) -> ReadSlice:
+    """Return what reads slices of source weights by the names the engine uses, cut ones too."""
+    return _reader(recipe, world, source, plan_layout(recipe, source.skeleton, plan))
+
+
 def _reader(
     recipe: Recipe, world: World, source: SourceModel, layout: CompactLayout | None
 ) -> ReadSlice:

@@ -14,10 +14,10 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from forgetscale.errors import ConfigError, DataError
+from forgetscale.masks.region import Region
 from forgetscale.models.raw import StoredTensor
 
 NewRows = Literal["error", "keep"]
-LAYERS, NORMS = r"layers", r"norm"
 MAX_WIDTH = 1 << 22
 _PREFIXES = ("module.", "_orig_mod.")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -86,38 +86,6 @@ class Entry:
         if scope == "global":
             return "all"
         return {"tensor": self.key, "layer": self.layer, "module": self.module}[scope]
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """Which tensors an edit may touch, by regular expressions searched in their names."""
-
-    include: str
-    exclude: str = ""
-
-    def __post_init__(self) -> None:
-        for name, text in (("--include", self.include), ("--exclude", self.exclude)):
-            try:
-                re.compile(text)
-            except re.error as error:
-                raise ConfigError(f"{name} {text!r} is no regular expression: {error}.") from error
-
-    def holds(self, name: str) -> bool:
-        """Say whether a tensor of this name belongs to the region."""
-        if not re.search(self.include, name):
-            return False
-        return not (self.exclude and re.search(self.exclude, name))
-
-
-def default_region(names: Sequence[str]) -> Region:
-    """Return the paper's region: decoder layers without norms; all tensors where none has layers.
-
-    Source:
-        Official code of arXiv:2509.16596, region ``transformer``.
-    """
-    if any(re.search(LAYERS, name) for name in names):
-        return Region(LAYERS, NORMS)
-    return Region(".")
 
 
 def canonical(name: str) -> str:

@@ -18,13 +18,12 @@ from forgetscale.knowledge.edits import EditOptions, EditPlan, check_options, pl
 from forgetscale.knowledge.pairs import (
     Entry,
     NewRows,
-    Region,
     Weights,
     canonical,
-    default_region,
     match,
     require_alike,
 )
+from forgetscale.masks.region import Region, default_region
 from forgetscale.models.raw import RawFolder
 
 BLOCK = 1 << 18

@@ -14,9 +14,11 @@ from forgetscale.methods.freeze_layers import FreezeLayers
 from forgetscale.methods.gmt import Gmt, GmtOfficial
 from forgetscale.methods.hft import Hft
 from forgetscale.methods.lota import Lota
+from forgetscale.methods.mofo import Mofo
 from forgetscale.methods.neighbours import Clora, Olora, Oplora
 from forgetscale.methods.s2ft import S2ft
 from forgetscale.methods.sft import Sft
+from forgetscale.methods.spd import Spd
 from forgetscale.methods.ssu import Ssu
 from forgetscale.methods.subspaces import AsftLora, LoraNull, Salora
 from forgetscale.ops.losses import make_loss
@@ -45,6 +47,8 @@ _PROTECTIONS: Mapping[str, Callable[[Any], Unprotected]] = {
     "asft_lora": AsftLora,
     "salora": Salora,
     "lora_null": LoraNull,
+    "spd": Spd,
+    "mofo": Mofo,
 }
 
 

@@ -130,6 +130,7 @@ class ZeroShards:
     ) -> None:
         self.adapters: Mapping[str, AdapterPair] = adapters or {}
         self.lr = 0.0
+        self.decay = 0.0
         self._stepped = False
         self.rank = dist.get_rank()
         self.size = size
@@ -295,6 +296,11 @@ class ZeroShards:
             found[name] = whole
         return found
 
+    def momentum(self, name: str) -> Tensor:
+        """Return the fp32 first moment of a trained slice, a view."""
+        (item,) = (item for item in self._slices if item.name == name)
+        return self.states(item)["exp_avg"]
+
     # ---- between backward and step ------------------------------------------------------
 
     def collect_gradients(self) -> None:
@@ -363,6 +369,7 @@ class ZeroShards:
         Args:
             decay: Learning rate times weight decay of this step.
         """
+        self.decay = decay
         for item in self._slices:
             grad = self.gradient(item)
             if grad is None or item.length == 0:

@@ -41,6 +41,8 @@ SETTINGS = {
     "asft_lora": {"kind": "asft_lora", "strength": 0.05, "form": "exact", "num_directions": 3},
     "salora": {"kind": "salora", "num_directions": 5},
     "lora_null": {"kind": "lora_null"},
+    "spd": {"kind": "spd", "strength": 0.7},
+    "mofo": {"kind": "mofo", "fraction": 0.3},
 }
 LORA = {"adapter": {"kind": "lora", "rank": 4, "alpha": 16}}
 CHANGES: dict[str, dict] = {
@@ -88,6 +90,8 @@ NEUTRAL = {
     "salora": None,
     # Factors start elsewhere.
     "lora_null": None,
+    "spd": {"kind": "spd", "strength": 0.0},
+    "mofo": {"kind": "mofo", "fraction": 1.0},
 }
 DRAWS = {"hft", "s2ft"}
 """Methods whose plan is drawn by ``run.seed``; other plans are measured."""

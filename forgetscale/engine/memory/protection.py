@@ -27,7 +27,8 @@ class ProtectionBytes:
     """What a method of this family keeps."""
 
     anchors: int = 0
-    """Slices of the source weights, in the model's type, on one rank."""
+    """Slices of the source weights, in the model's type, or of weights kept for the length of a
+    step, on one rank."""
     basis: int = 0
     """Fisher basis or leading directions, on one rank."""
     disk: int = 0
@@ -94,6 +95,11 @@ def protection_bytes(
     kind = method.kind
     if kind in FACTOR_SIDES:
         return _factor_sides(recipe, structure)
+    if kind in ("spd", "mofo"):
+        # spd: all source values; mofo: the weights of before a step, in fp32, of matrices.
+        kept = [math.prod(s) for s in shapes.values() if kind == "spd" or len(s) > 1]
+        size = DTYPE_BYTES[recipe.model.dtype] if kind == "spd" else FLOAT
+        return ProtectionBytes(size * sum(-(-numel // world_size) for numel in kept))
     if kind not in ("l2_sp", "ewc", "online_ewc", "alignguard", "osf", *ADAPTER_KINDS):
         return ProtectionBytes()
     matrices = body_matrices(structure, method.target_modules)

@@ -8,6 +8,7 @@ from unittest import mock
 from torch import Tensor
 
 import forgetscale.engine.loop as loop
+from forgetscale.engine.restoration import Restoration
 from forgetscale.methods.gmt import Gmt, GmtOfficial
 from tests.distributed.jobs.training import command
 
@@ -46,5 +47,39 @@ def watch(recipe: dict) -> dict[str, Any]:
         mock.patch.object(kind, "transform_gradients", transform),
         mock.patch.object(loop, "train_step", train_step),
     ):
+        command(recipe)
+    return count
+
+
+def watch_restoration(recipe: dict) -> dict[str, int]:
+    """Train; after each restoration compare every copy of what was put back with the source.
+
+    Args:
+        recipe: A recipe with a section ``restore``.
+    """
+    names = ("steps", "restored", "elements", "wrong_working", "wrong_gathered", "wrong_moment")
+    count = dict.fromkeys(names, 0)
+    original = Restoration.apply
+
+    def apply(self: Any) -> dict[str, float]:
+        shards = self._engine.shards
+        before = {item.name: shards.master(item).clone() for item in self._items}
+        found = original(self)
+        count["steps"] += 1
+        for item in self._items:
+            master, states = shards.master(item), shards.states(item)
+            dtype = item.working.dtype
+            source = self._read(item.name, item.start, item.length, dtype)
+            back = (master == source.float()) & (before[item.name] != source.float())
+            count["restored"] += int((master == source.float()).sum())
+            count["elements"] += item.length
+            count["wrong_working"] += int((item.working.cpu() != master.cpu().to(dtype)).sum())
+            count["wrong_moment"] += int((states["exp_avg"][back] != 0).sum())
+            if item.param.ds_status.name == "AVAILABLE":
+                whole = item.param.data.view(-1)[item.start : item.start + item.length]
+                count["wrong_gathered"] += int((whole != item.working).sum())
+        return found
+
+    with mock.patch.object(Restoration, "apply", apply):
         command(recipe)
     return count

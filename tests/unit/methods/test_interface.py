@@ -33,12 +33,14 @@ from forgetscale.config import (
     LoraNullMethodConfig,
     LossConfig,
     LotaMethodConfig,
+    MofoMethodConfig,
     OloraMethodConfig,
     OploraMethodConfig,
     OsfMethodConfig,
     S2ftMethodConfig,
     SaloraMethodConfig,
     SftMethodConfig,
+    SpdMethodConfig,
     SsuMethodConfig,
 )
 from forgetscale.methods import METHODS
@@ -68,6 +70,8 @@ CONFIGS = {
     "lora_null": LoraNullMethodConfig(kind="lora_null", calibration=CalibrationConfig(path="x")),
     "freeze_layers": FreezeLayersMethodConfig(kind="freeze_layers"),
     "adalora": AdaloraMethodConfig(kind="adalora", target_rank=2, shrink_until_step=9),
+    "spd": SpdMethodConfig(kind="spd"),
+    "mofo": MofoMethodConfig(kind="mofo"),
 }
 ANCHORED = {"l2_sp", "ewc", "online_ewc", "alignguard", "osf"}
 ANCHORED |= {"alignguard_lora", "ewc_lora", "l2_sp_lora"}
@@ -78,6 +82,7 @@ OWN_STATE = ANCHORED | DIRECTIONS | {"adalora"}
 HOOKS = {"gmt": {EDITS_GRADIENTS, EDITS_PARAMS}, "gmt_official": {EDITS_GRADIENTS}}
 HOOKS |= dict.fromkeys(OWN_STATE | {"olora", "clora"}, {EDITS_GRADIENTS, EDITS_PARAMS})
 HOOKS["oplora"] = HOOKS["salora"] = {EDITS_PARAMS}
+HOOKS["spd"] = HOOKS["mofo"] = {EDITS_GRADIENTS, EDITS_PARAMS}
 HOOKS["lora_null"] = {EDITS_START, EDITS_PARAMS}
 """Hooks a method uses; static plans use none."""
 
