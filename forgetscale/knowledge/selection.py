@@ -101,6 +101,12 @@ def check_selection(selection: Selection) -> dict[str, str]:
         raise ConfigError("--batch-size and --max-new-tokens must be >= 1.")
     check_task_names(names, selection.task_dir)
     tasks = {name: load_chat_task(selection.task_dir, name) for name in names}
+    for name, task in tasks.items():
+        if task.kind not in METRICS:
+            raise ConfigError(
+                f"task {name!r} is of kind {task.kind!r}, whose answers are not right or wrong;"
+                f" choose among edits by {', '.join(METRICS)}."
+            )
     asked = {
         canonical_json([dict(turn) for turn in question.messages])
         for name in selection.dev

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -229,6 +230,12 @@ class Cluster:
                 os.kill(int(path.read_text()), signal.SIGTERM)
             except (OSError, ValueError):
                 continue
+        # A daemon that was started twice has lost the file of its first process.
+        for line in self._processes():
+            pid, command = line.split(maxsplit=1)
+            if str(self.configuration) in command:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
 
 
 def _environ(pid: int) -> list[str]:

@@ -140,7 +140,8 @@ def test_a_job_of_higher_priority_preempts_and_the_run_goes_on(
     path, folder = write_recipe(tiny_world, "displaced")
     (job,) = cluster.submit(tiny_world, "--nodes=2", "--exclusive", "train", "--config", str(path))
     wait_for(lambda: len(steps_of(folder)) > 2)
-    cluster("sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--wrap=sleep 5")
+    cluster("sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null",
+        "--wrap=sleep 5")  # fmt: skip
     state = cluster.wait(job, 400)
     log = (tiny_world / f"slurm-{job}.out").read_text()
     assert (state.name, state.exit_code) == ("COMPLETED", 0), log

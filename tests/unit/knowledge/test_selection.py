@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from forgetscale.cli import main
+from forgetscale.errors import ConfigError
 from forgetscale.evaluation.model import load_model
 from forgetscale.knowledge.selection import (
     Candidate,
     Selection,
     candidates,
+    check_selection,
     choose,
     compare,
 )
@@ -194,6 +196,14 @@ def test_another_score_is_another_one(models, tmp_path: Path, capsys, score):
     except SystemExit as stop:
         code = stop.code
     assert code == 2
+
+
+def test_answers_that_are_not_right_or_wrong_cannot_choose(tmp_path: Path):
+    row = {"id": "a", "messages": [{"role": "user", "content": "q"}], "answers": ["x"]}
+    for name, kind in (("dev", "chrf"), ("test", "exact")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row | {"kind": kind, "meta": {}}))
+    with pytest.raises(ConfigError, match=r"'dev' is of kind 'chrf', whose answers are not right"):
+        check_selection(Selection(tmp_path, ("dev",), ("test",)))
 
 
 def test_candidates_put_the_restoration_first():
