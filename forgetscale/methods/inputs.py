@@ -19,6 +19,7 @@ from forgetscale.api import Calibration
 from forgetscale.config import CalibrationConfig
 from forgetscale.errors import ConfigError, DataError
 from forgetscale.masks import AdapterPair
+from forgetscale.methods.grouping import groups_within
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +31,7 @@ class InputMoment:
     """``[I, I]`` fp64, on the host."""
 
 
-def _groups(pairs: Sequence[AdapterPair], limit: int) -> Iterator[list[AdapterPair]]:
-    group: list[AdapterPair] = []
-    used = 0
+def _sizes(pairs: Sequence[AdapterPair], limit: int) -> Iterator[tuple[AdapterPair, int]]:
     for pair in pairs:
         size = 8 * pair.shape[1] ** 2
         if size > limit:
@@ -40,13 +39,7 @@ def _groups(pairs: Sequence[AdapterPair], limit: int) -> Iterator[list[AdapterPa
                 f"method.calibration.max_statistics_bytes is {limit}, but the second moment of the"
                 f" inputs of {pair.module} needs {size}; allow more memory."
             )
-        if used + size > limit:
-            yield group
-            group, used = [], 0
-        group.append(pair)
-        used += size
-    if group:
-        yield group
+        yield pair, size
 
 
 class _Products:
@@ -88,7 +81,8 @@ def input_moments(calibration: Calibration, source: CalibrationConfig) -> Iterat
 
     Collective: every rank must call it and take all of them.
     """
-    for group in _groups(list(calibration.adapters.values()), source.max_statistics_bytes):
+    sizes = _sizes(list(calibration.adapters.values()), source.max_statistics_bytes)
+    for group in groups_within(sizes, source.max_statistics_bytes):
         modules = calibration.named_modules()
         products = _Products()
         handles = [

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from layout_step import SHAPES, WARMUP_STEPS, one_step, step_parser
-from measure import keep, make_model, make_tokens, spread, training_recipe
+from measure import keep, make_inputs, spread, training_recipe
 
 from forgetscale.config import Recipe, recipe_dict, validate_recipe
 from forgetscale.data import open_stream
@@ -103,15 +103,14 @@ def main() -> None:
         world = start_world(Path(scratch) / "log.txt")
         folder = Path(world.broadcast(scratch))
         if world.is_main:
-            make_model(
-                folder / "model",
+            make_inputs(
+                folder,
                 hidden=hidden,
                 layers=options.layers or layers,
                 vocab=vocab,
                 dtype=options.dtype,
-            )
-            make_tokens(
-                folder / "tokens", folder / "model", rows=256, block=options.block, vocab=vocab
+                rows=256,
+                block=options.block,
             )
         world.barrier()
         engines, recipe, source = start_engines(folder, options, world)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from layout_step import one_step
-from measure import keep, make_model, make_tokens, spread, training_recipe
+from measure import keep, make_inputs, spread, training_recipe
 
 from forgetscale.checkpoint import CheckpointStore, RunState
 from forgetscale.config import Recipe, recipe_dict
@@ -154,19 +154,14 @@ def main() -> None:
         folder = Path(world.broadcast(scratch))
         torch.manual_seed(0)
         if world.is_main:
-            make_model(
-                folder / "model",
+            make_inputs(
+                folder,
                 hidden=options.hidden,
                 layers=options.layers,
                 vocab=options.vocab,
                 dtype=options.dtype,
-            )
-            make_tokens(
-                folder / "tokens",
-                folder / "model",
                 rows=256,
                 block=options.block,
-                vocab=options.vocab,
             )
         world.barrier()
         result = measure(folder, options, world)

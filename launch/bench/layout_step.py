@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import keep, make_model, make_tokens, spread, training_recipe
+from measure import keep, make_inputs, spread, training_recipe
 
 from forgetscale.config import Recipe
 from forgetscale.config.deepspeed import accumulation_steps
@@ -184,15 +184,14 @@ def main() -> None:
         world = start_world(Path(scratch) / "log.txt")
         folder = Path(world.broadcast(scratch))
         if world.is_main:
-            make_model(
-                folder / "model",
+            make_inputs(
+                folder,
                 hidden=hidden,
                 layers=options.layers or layers,
                 vocab=vocab,
                 dtype=options.dtype,
-            )
-            make_tokens(
-                folder / "tokens", folder / "model", rows=256, block=options.block, vocab=vocab
+                rows=256,
+                block=options.block,
             )
         world.barrier()
         engines, recipe, source, plan = start_engines(folder, options, world)

@@ -89,6 +89,14 @@ def make_tokens(directory: Path, model: Path, *, rows: int, block: int, vocab: i
     return directory
 
 
+def make_inputs(
+    folder: Path, *, hidden: int, layers: int, vocab: int, dtype: str, rows: int, block: int
+) -> None:
+    """Write ``model`` and ``tokens`` below a folder; see ``make_model`` and ``make_tokens``."""
+    model = make_model(folder / "model", hidden=hidden, layers=layers, vocab=vocab, dtype=dtype)
+    make_tokens(folder / "tokens", model, rows=rows, block=block, vocab=vocab)
+
+
 def training_recipe(
     folder: Path, name: str, method: dict[str, Any], options: argparse.Namespace, batch_size: int
 ) -> Recipe:

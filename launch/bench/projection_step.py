@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import keep, make_model, make_tokens, spread, training_recipe
+from measure import keep, make_inputs, spread, training_recipe
 from torch import Tensor
 
 from forgetscale.api import Method
@@ -185,19 +185,14 @@ def main() -> None:
         world = start_world(Path(scratch) / "log.txt")
         folder = Path(world.broadcast(scratch))
         if world.is_main:
-            make_model(
-                folder / "model",
+            make_inputs(
+                folder,
                 hidden=options.hidden,
                 layers=options.layers,
                 vocab=options.vocab,
                 dtype=options.dtype,
-            )
-            make_tokens(
-                folder / "tokens",
-                folder / "model",
                 rows=64,
                 block=options.block,
-                vocab=options.vocab,
             )
         world.barrier()
         result: dict[str, Any] = {"ranks": world.size}

@@ -16,7 +16,7 @@ from forgetscale.evaluation.report.drawing import (
 )
 from forgetscale.evaluation.report.matched import Level
 from forgetscale.evaluation.report.runs import Run
-from forgetscale.evaluation.report.seeds import seed_mean
+from forgetscale.evaluation.report.seeds import mean_with_seeds
 from forgetscale.evaluation.report.words import ability_label, is_rate, number
 
 if TYPE_CHECKING:
@@ -72,16 +72,12 @@ def mixing_data(
 
 
 def _kept(values: Mapping[int, Sequence[float | None]], count: int) -> list[dict[str, Any] | None]:
-    points: list[dict[str, Any] | None] = []
-    for index in range(count):
-        seeds = {seed: value for seed, row in values.items() if (value := row[index]) is not None}
-        mean = seed_mean(list(seeds.values()))
-        points.append(
-            None
-            if mean is None
-            else {**mean.to_json(), "seeds": {str(seed): value for seed, value in seeds.items()}}
+    return [
+        mean_with_seeds(
+            {seed: value for seed, row in values.items() if (value := row[index]) is not None}
         )
-    return points
+        for index in range(count)
+    ]
 
 
 def mixing_plot(data: Mapping[str, Any]) -> str | None:

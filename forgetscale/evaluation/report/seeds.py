@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom
 _T = (
@@ -59,6 +60,14 @@ def seed_mean(values: Sequence[float]) -> SeedMean | None:
         return SeedMean(mean, None, None, 1)
     half = t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return SeedMean(mean, mean - half, mean + half, len(values))
+
+
+def mean_with_seeds(values: Mapping[int, float]) -> dict[str, Any] | None:
+    """Return the mean of one value per seed, its interval and the values; None without values."""
+    mean = seed_mean(list(values.values()))
+    if mean is None:
+        return None
+    return {**mean.to_json(), "seeds": {str(seed): value for seed, value in values.items()}}
 
 
 def paired_difference(values: Mapping[int, float], control: Mapping[int, float]) -> SeedMean | None:

@@ -21,7 +21,7 @@ from forgetscale.evaluation.report.drawing import (
     new_figure,
     to_svg,
 )
-from forgetscale.evaluation.report.seeds import seed_mean
+from forgetscale.evaluation.report.seeds import mean_with_seeds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,24 +77,18 @@ def style_data(runs: Sequence[Run]) -> dict[str, Any]:
         if "drift" in run.style:
             drift.setdefault(run.method, {})[run.seed] = run.style["drift"][_WHOLE]
     return {
-        "nll": {name: _means(seeds) for name, seeds in nll.items()},
+        "nll": {name: mean_with_seeds(seeds) for name, seeds in nll.items()},
         "cosine": {
-            pair: {layer: _means(layers[layer]) for layer in sorted(layers, key=_layer_key)}
+            pair: {name: mean_with_seeds(layers[name]) for name in sorted(layers, key=_layer_key)}
             for pair, layers in cosine.items()
         },
-        "drift": {method: _means(seeds) for method, seeds in drift.items()},
+        "drift": {method: mean_with_seeds(seeds) for method, seeds in drift.items()},
     }
 
 
 def _layer_key(name: str) -> tuple[bool, int, str]:
     """Sort layers by number, the rest of the model and the whole behind them."""
     return (not name.isdigit(), int(name) if name.isdigit() else 0, "~" if name == _WHOLE else name)
-
-
-def _means(seeds: Mapping[int, float]) -> dict[str, Any]:
-    mean = seed_mean(list(seeds.values()))
-    assert mean is not None
-    return {**mean.to_json(), "seeds": {str(seed): value for seed, value in seeds.items()}}
 
 
 def style_plot(data: Mapping[str, Any]) -> str | None:

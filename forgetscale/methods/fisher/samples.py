@@ -22,6 +22,7 @@ from torch import Tensor
 from forgetscale.api import Calibration
 from forgetscale.config import CalibrationConfig, FisherBasisConfig
 from forgetscale.errors import ConfigError
+from forgetscale.methods.grouping import groups_within
 from forgetscale.ops.fisher import contrast_weights, explained_rank, gram_eigenbasis, gram_matrix
 
 BLOCK = 2**20
@@ -89,7 +90,7 @@ class Pass:
 def vector_groups(
     sizes: dict[str, int], num_samples: int, num_ranks: int, limit: int
 ) -> Iterator[list[str]]:
-    """Yield weights whose sample gradients fit in a rank's memory together.
+    """Return groups of weights whose sample gradients fit in a rank's memory together.
 
     Args:
         sizes: Weight -> elements.
@@ -100,23 +101,20 @@ def vector_groups(
     Raises:
         ConfigError: One weight alone does not fit.
     """
-    group: list[str] = []
-    used = 0
-    for name, numel in sizes.items():
-        size = 4 * num_samples * -(-numel // num_ranks)
-        if size > limit:
-            raise ConfigError(
-                f"method.calibration.max_statistics_bytes is {limit}, but {num_samples} gradients"
-                f" of {name} need {size} on each of {num_ranks} ranks; allow more memory, use fewer"
-                " samples (num_blocks, fisher.blocks_per_sample), or reading left or right."
-            )
-        if used + size > limit:
-            yield group
-            group, used = [], 0
-        group.append(name)
-        used += size
-    if group:
-        yield group
+
+    def needed() -> Iterator[tuple[str, int]]:
+        for name, numel in sizes.items():
+            size = 4 * num_samples * -(-numel // num_ranks)
+            if size > limit:
+                raise ConfigError(
+                    f"method.calibration.max_statistics_bytes is {limit}, but {num_samples}"
+                    f" gradients of {name} need {size} on each of {num_ranks} ranks; allow more"
+                    " memory, use fewer samples (num_blocks, fisher.blocks_per_sample), or reading"
+                    " left or right."
+                )
+            yield name, size
+
+    return groups_within(needed(), limit)
 
 
 def _combine(grads: Tensor, weights: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from forgetscale.api import Calibration, LabelledBatch
 from forgetscale.config import CalibrationConfig
 from forgetscale.errors import ConfigError, DataError
+from forgetscale.methods.grouping import groups_within
 from forgetscale.methods.ssu.gradients import Tap
 from forgetscale.methods.ssu.targets import Target
 
@@ -92,7 +93,7 @@ class SideProducts:
 def side_groups(
     targets: Sequence[Target], sides: Sequence[Side], limit: int
 ) -> Iterator[list[Target]]:
-    """Yield layers whose factors fit in a rank's memory together.
+    """Return groups of layers whose factors fit in a rank's memory together.
 
     Args:
         targets: Matrices of linear layers.
@@ -102,23 +103,20 @@ def side_groups(
     Raises:
         ConfigError: One layer alone does not fit.
     """
-    group: list[Target] = []
-    used = 0
-    for target in targets:
-        height, width = target.shape
-        size = 8 * (height**2 * ("left" in sides) + width**2 * ("right" in sides))
-        if size > limit:
-            raise ConfigError(
-                f"method.calibration.max_statistics_bytes allows {limit} bytes for one data set,"
-                f" but the Fisher factors of {target.name} alone need {size}; allow more memory."
-            )
-        if used + size > limit:
-            yield group
-            group, used = [], 0
-        group.append(target)
-        used += size
-    if group:
-        yield group
+
+    def needed() -> Iterator[tuple[Target, int]]:
+        for target in targets:
+            height, width = target.shape
+            size = 8 * (height**2 * ("left" in sides) + width**2 * ("right" in sides))
+            if size > limit:
+                raise ConfigError(
+                    f"method.calibration.max_statistics_bytes allows {limit} bytes for one data"
+                    f" set, but the Fisher factors of {target.name} alone need {size}; allow more"
+                    " memory."
+                )
+            yield target, size
+
+    return groups_within(needed(), limit)
 
 
 def measure_sides(
