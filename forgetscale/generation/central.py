@@ -43,9 +43,15 @@ def embed(encoder: Path, texts: Sequence[str]) -> Float64[np.ndarray, "N D"]:
         encoder: Hugging Face folder of an encoder or of a causal language model.
         texts: None of them empty.
     """
-    tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        encoder, local_files_only=True, trust_remote_code=False
+    )
     model: Any = AutoModel.from_pretrained(
-        encoder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        encoder,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
     ).eval()
     found = []
     with torch.no_grad():

@@ -132,7 +132,7 @@ class TestMistakes:
     def test_missing_kind(self):
         found = sentence(without("method.kind"))
         assert found.startswith("method.kind is missing; expected one of ")
-        assert found.endswith("osf, s2ft, salora, sft, ssu.")
+        assert found.endswith("osf, s2ft, salora, sft, spd, ssu.")
 
     def test_several_mistakes_give_several_sentences(self):
         values = changed("optim.lr", -1)

@@ -21,6 +21,7 @@ from forgetscale.generation.result import result_files
 from forgetscale.generation.run import run_worker
 from forgetscale.generation.soft_targets import training_hash, write_soft_cache
 from forgetscale.ops.losses import LOSSES
+from forgetscale.watchdog import Watchdog
 from tests.unit.generation.test_generate_runs import recipe as generation
 
 SIZE, TOP = 96, 6
@@ -131,6 +132,7 @@ def test_task_rows_keep_their_cross_entropy(cache, world, talker):
 
 class _World:
     rank, size = 0, 1
+    watchdog = Watchdog()
 
     def gather_objects(self, value):
         return [value]
