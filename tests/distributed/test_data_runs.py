@@ -14,6 +14,8 @@ from tests.distributed.harness import RankServer
 from tests.distributed.runs import Run, Runs, change, read_lines
 
 STEPS, BATCH = 6, 7
+SYNC = {"train.checkpoint_mode": "sync"}
+"""For runs that are killed: it is known which checkpoint was published."""
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,7 @@ def test_skipped_rows_keep_their_place(runs: Runs, tmp_path_factory, size: int):
 
 def test_rows_named_in_the_middle_are_skipped_from_there_on(ranks: RankServer, runs: Runs):
     plain = runs.get("sft", 2)
-    recipe = runs.recipe("skips-later")
+    recipe = runs.recipe("skips-later", changes=SYNC)
     folder = Path(recipe["run"]["output_dir"])
     point = "in a step, before the optimizer"
     ranks.run("crash:train_until", 2, recipe=recipe, point=point, number=5)
@@ -123,7 +125,7 @@ def test_rows_named_in_the_middle_are_skipped_from_there_on(ranks: RankServer, r
 
 def test_the_micro_batch_size_may_change_at_a_resume(ranks: RankServer, runs: Runs):
     """Same global batches, so the same run up to the order of sums."""
-    recipe = runs.recipe("micro-later")
+    recipe = runs.recipe("micro-later", changes=SYNC)
     point = "in a step, before the optimizer"
     ranks.run("crash:train_until", 2, recipe=recipe, point=point, number=5)
     outcome = ranks.must("training:train", 2, recipe=change(recipe, {"train.micro_batch_size": 3}))

@@ -25,7 +25,8 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 def test_a_flipped_bit_stops_the_run(ranks, runs: Runs, where, copy, method, size: int):
     name = f"tamper-{where}-{size}-{method.get('layout')}"
     # Step 5 is audited and not saved: the flipped bit must not be overwritten by a step before.
-    recipe = runs.recipe(name, method, {"train.audit_every_steps": 1})
+    changes = {"train.audit_every_steps": 1, "train.checkpoint_mode": "sync"}
+    recipe = runs.recipe(name, method, changes)
     outcome = ranks.run("tamper:train", size, recipe=recipe, where=where, step=5, rank=size - 1)
     assert outcome.codes == [1] * size and not outcome.late
     assert outcome.kinds == ["AuditError"] * size
@@ -38,7 +39,7 @@ def test_a_flipped_bit_stops_the_run(ranks, runs: Runs, where, copy, method, siz
 
 
 def test_audit_comes_before_the_checkpoint(ranks, runs: Runs):
-    recipe = runs.recipe("tamper-save", SSU)
+    recipe = runs.recipe("tamper-save", SSU, {"train.checkpoint_mode": "sync"})
     outcome = ranks.run("tamper:train", 2, recipe=recipe, where="master", step=4, rank=0)
     assert outcome.kinds == ["AuditError"] * 2
     folder = runs.world() / "tamper-save" / "checkpoints"

@@ -68,8 +68,8 @@ def test_first_and_last_point_are_those_of_the_folders(runs: Runs, settings: dic
     [
         ("in a step, before the optimizer", 1),
         ("in a step, before the optimizer", 4),
-        ("save: before the first file", 2),
-        ("save: after the rename", 2),
+        ("save: folder made", 2),
+        ("save: published", 2),
     ],
 )
 def test_a_crash_loses_and_doubles_no_point(
@@ -78,7 +78,11 @@ def test_a_crash_loses_and_doubles_no_point(
     expected = measured(runs, settings, 2)
     name = f"curve-{number}-{len(point)}"
     recipe = runs.recipe(name, SSU, {"evaluate": settings})
-    crash = ranks.run("crash:train_until", 2, recipe=recipe, point=point, number=number)
+    if point.startswith("save"):
+        where = {"label": point, "what": "", "action": "kill"}
+        crash = ranks.run("crash:train_to_point", 2, recipe=recipe, number=number, **where)
+    else:
+        crash = ranks.run("crash:train_until", 2, recipe=recipe, point=point, number=number)
     assert -signal.SIGKILL in crash.codes
     ranks.must("training:command", 2, recipe=recipe)
     folder = runs.world() / name
