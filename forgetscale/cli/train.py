@@ -197,7 +197,7 @@ def _write_report(output: Path, log: RunLog) -> None:
     log(f"report: {build_report([output], output)}")
 
 
-def watch(recipe: Recipe, world: World, log: RunLog) -> None:
+def watch(recipe: Recipe, world: World) -> None:
     """Let the run end with a report if it hangs, as the recipe says."""
     if recipe.train.watchdog_s is not None:
         world.watchdog.watch(
@@ -205,7 +205,8 @@ def watch(recipe: Recipe, world: World, log: RunLog) -> None:
             rank=world.rank,
             size=world.size,
             limit_seconds=recipe.train.watchdog_s,
-            log_path=log.path,
+            # The log of the run, whichever rank reports first.
+            log_path=recipe.run.output_dir / "log.txt",
         )
 
 
@@ -220,7 +221,7 @@ def run(options: argparse.Namespace) -> None:
             trust_code(recipe.model.path, log)
         world.on_main(lambda: check_inputs(recipe))
         world.on_main(lambda: open_run_folder(recipe))
-        watch(recipe, world, log)
+        watch(recipe, world)
         log(f"run {recipe.run.name}: {recipe.method.kind} on {world.size} ranks -> {output}")
         if recipe.evaluate.tasks:
             before = output / "results" / "source"
