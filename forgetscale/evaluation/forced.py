@@ -84,6 +84,48 @@ class _Forced:
     start: int
 
 
+def score_answers(
+    model: LikelihoodModel,
+    collective: Collective,
+    rows: Sequence[tuple[list[int], int]],
+    *,
+    batch_size: int,
+    pad_id: int,
+    on_call: Callable[[], None],
+) -> dict[int, tuple[bool, float]]:
+    """Return, for each row, whether greedy decoding gives its answer and the answer's nats.
+
+    Collective: every rank must call it.
+
+    Args:
+        model: Model to ask.
+        collective: The processes that measure together.
+        rows: Token ids of prompt and answer, and the first answer position (>= 1).
+        batch_size: Rows of a forward call.
+        pad_id: Fills short rows.
+        on_call: Called after each forward call of this rank.
+    """
+    local: dict[int, tuple[bool, float]] = {}
+    for batch in plan_batches(
+        [len(ids) for ids, _ in rows],
+        batch_size,
+        rank=collective.rank,
+        world_size=collective.world_size,
+    ):
+        asked = [rows[item] for item in batch.items]
+        nll, is_argmax = model.score(*pad_right([ids for ids, _ in asked], pad_id))
+        on_call()
+        if batch.dummy:
+            continue
+        for index, (item, (ids, start)) in enumerate(zip(batch.items, asked, strict=True)):
+            answer = slice(start - 1, len(ids) - 1)
+            local[item] = (
+                bool(is_argmax[index, answer].all()),
+                float(nll[index, answer].double().sum()),
+            )
+    return gather_exactly_once(collective, local, range(len(rows)))
+
+
 class ForcedRecall:
     """Exact-match recall of a chat task, prepared once and measured many times.
 
@@ -138,25 +180,14 @@ class ForcedRecall:
         Raises:
             ForgetScaleError: The model gives an answer no finite likelihood.
         """
-        local: dict[int, tuple[bool, float]] = {}
-        for batch in plan_batches(
-            [len(row.ids) for row in self._rows],
-            settings.batch_size,
-            rank=collective.rank,
-            world_size=collective.world_size,
-        ):
-            rows = [self._rows[item] for item in batch.items]
-            nll, is_argmax = model.score(*pad_right([row.ids for row in rows], self._pad_id))
-            on_call()
-            if batch.dummy:
-                continue
-            for index, (item, row) in enumerate(zip(batch.items, rows, strict=True)):
-                answer = slice(row.start - 1, len(row.ids) - 1)
-                local[item] = (
-                    bool(is_argmax[index, answer].all()),
-                    float(nll[index, answer].double().sum()),
-                )
-        matched = gather_exactly_once(collective, local, range(len(self._rows)))
+        matched = score_answers(
+            model,
+            collective,
+            [(row.ids, row.start) for row in self._rows],
+            batch_size=settings.batch_size,
+            pad_id=self._pad_id,
+            on_call=on_call,
+        )
         right = [False] * len(self.task.questions)
         for item, row in enumerate(self._rows):
             is_gold, nats = matched[item]

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from forgetscale.errors import DataError
 from forgetscale.evaluation.collective import Collective
 from forgetscale.evaluation.drift import SAFE, UNSAFE
-from forgetscale.evaluation.forced import pad_right
+from forgetscale.evaluation.forced import score_answers
 from forgetscale.evaluation.likelihood import LikelihoodModel
-from forgetscale.evaluation.plan import gather_exactly_once, plan_batches
 from forgetscale.evaluation.prompts import ChatPrompts
 from forgetscale.evaluation.tasks import ChatTask
 
@@ -101,26 +100,18 @@ class RefusalProbe:
 
         Collective: every rank must call it.
         """
-        local: dict[int, float] = {}
-        for batch in plan_batches(
-            [len(row.ids) for row in self._rows],
-            self._batch_size,
-            rank=collective.rank,
-            world_size=collective.world_size,
-        ):
-            rows = [self._rows[item] for item in batch.items]
-            nll, _ = model.score(*pad_right([row.ids for row in rows], self._pad_id))
-            on_call()
-            if batch.dummy:
-                continue
-            for index, (item, row) in enumerate(zip(batch.items, rows, strict=True)):
-                nats = nll[index, row.start - 1 : len(row.ids) - 1].double().sum()
-                local[item] = float(nats)
-        nats_of = gather_exactly_once(collective, local, range(len(self._rows)))
+        scored = score_answers(
+            model,
+            collective,
+            [(row.ids, row.start) for row in self._rows],
+            batch_size=self._batch_size,
+            pad_id=self._pad_id,
+            on_call=on_call,
+        )
         sums: dict[str, dict[int, float]] = {}
         for item, row in enumerate(self._rows):
             of_task = sums.setdefault(row.task, {})
-            of_task[row.prompt] = of_task.get(row.prompt, 0.0) + math.exp(-nats_of[item])
+            of_task[row.prompt] = of_task.get(row.prompt, 0.0) + math.exp(-scored[item][1])
         found = {}
         for task, values in sums.items():
             shares = [min(value, 1.0) for value in values.values()]

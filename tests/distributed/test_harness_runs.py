@@ -12,7 +12,7 @@ from tests.distributed import tiny
 from tests.distributed.harness import RankServer
 from tests.distributed.runs import SSU, Run, Runs, read_lines
 
-pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
+pytest.importorskip("lm_eval", reason="pip install 'forgetscale[eval]'")
 
 CHOICE, ANSWERS, TEXTS = "lm_eval/choice", "lm_eval/answers", "lm_eval/texts"
 FILES = {"test": "rows.jsonl"}

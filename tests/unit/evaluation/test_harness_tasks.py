@@ -17,7 +17,7 @@ from forgetscale.evaluation.model import load_model
 from forgetscale.evaluation.reuse import is_live_task, results_match
 from forgetscale.evaluation.tasks import available_tasks
 
-lm_eval = pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
+lm_eval = pytest.importorskip("lm_eval", reason="pip install 'forgetscale[eval]'")
 
 FP32 = EvaluationOptions(dtype="float32", device="cpu")
 QUESTIONS = ["lo?", "where is ro?", "ve?", "what is fi then?", "gu?"]

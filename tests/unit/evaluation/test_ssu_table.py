@@ -15,7 +15,7 @@ from forgetscale.evaluation.harness.task import load_harness
 from forgetscale.evaluation.tasks import load_chat_task
 from tests.distributed.harness import ROOT
 
-pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
+pytest.importorskip("lm_eval", reason="pip install 'forgetscale[eval]'")
 
 TABLE = ROOT / "launch" / "recipes" / "ssu_table"
 SHOTS = {"mmlu": 5, "global_mmlu": 5, "belebele_source": 3, "belebele_target": 3, "gsm8k": 5}

@@ -23,8 +23,8 @@ from forgetscale.evaluation.text_measures import (
     mixing_measures,
 )
 
-sacrebleu = pytest.importorskip("sacrebleu", reason="needs the extra 'eval'")
-pytest.importorskip("pycld2", reason="needs the extra 'eval'")
+sacrebleu = pytest.importorskip("sacrebleu", reason="pip install 'forgetscale[eval]'")
+pytest.importorskip("pycld2", reason="pip install 'forgetscale[eval]'")
 
 SETTINGS = MeasureSettings(batch_size=2, seed=0, num_resamples=1000)
 ENGLISH = "The capital of France is Paris and the weather there is nice today."
