@@ -66,18 +66,16 @@ class Block:
     def _score(self, ranking: Ranking) -> Tensor:
         if ranking.score == "random":
             return element_keys(ranking.seed, self.entry.key, self.start, self.length)
-        if ranking.narrow:
-            before = self.source.bfloat16()
-            change = (self.tuned(ranking.model).bfloat16() - before).abs_()
-        else:
-            before = self.source.float()
-            change = self.tuned(ranking.model).float().sub(before).abs_()
+        # Copies, so that the rest works in place: fewer temporaries pass through the cache.
+        kind = torch.bfloat16 if ranking.narrow else torch.float32
+        before = self.source.to(kind, copy=True)
+        change = self.tuned(ranking.model).to(kind, copy=True).sub_(before).abs_()
         if ranking.score == "relative":
-            score = change.div_(before.abs() + ranking.eps)
+            score = change.div_(before.abs_().add_(ranking.eps))
         elif ranking.score == "absolute":
             score = change
         elif ranking.score == "base":
-            score = before.abs()
+            score = before.abs_()
         else:
             fisher, names = self.setup.fisher, self.setup.fisher_names
             assert fisher is not None

@@ -56,7 +56,10 @@ def count_part(setup: Setup, part: int) -> Arrays:
                     " or leave the tensor out with --exclude."
                 )
             place = (index, block.entry.group(ranking.scope))
-            counts[place] = counts[place] + table if place in counts else table
+            if place in counts:
+                counts[place] += table
+            else:
+                counts[place] = table
     return {f"{index}/{group}": table for (index, group), table in counts.items()}
 
 
@@ -85,10 +88,37 @@ def _bins(places: Places, setup: Setup) -> dict[tuple[int, str], list[int]]:
     return {key: sorted(bins) for key, bins in wanted.items()}
 
 
+class _LowerTable:
+    """Counts by lower half, of values that come a few at a time.
+
+    A block has few elements in a bin: adding a table of 65,536 for each would cost more than to
+    read it, so values wait until there are as many.
+    """
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(LOWER_BINS, np.int64)
+        self._waiting: list[np.ndarray] = []
+        self._num_waiting = 0
+
+    def add(self, values: np.ndarray) -> None:
+        """Count values in 0..65,535."""
+        self._waiting.append(values)
+        self._num_waiting += values.size
+        if self._num_waiting >= LOWER_BINS:
+            self.counts()
+
+    def counts(self) -> np.ndarray:
+        """Return the counts of everything added."""
+        if self._waiting:
+            self._counts += np.bincount(np.concatenate(self._waiting), minlength=LOWER_BINS)
+            self._waiting, self._num_waiting = [], 0
+        return self._counts
+
+
 def refine_part(setup: Setup, part: int, places: Places) -> Arrays:
     """Second pass over one part: elements per lower half, in the bins where cuts fall."""
     wanted = _bins(places, setup)
-    open_tables: dict[tuple[int, str, int], np.ndarray] = {}
+    open_tables: dict[tuple[int, str, int], _LowerTable] = {}
     closed: dict[tuple[int, str, int], tuple[np.ndarray, np.ndarray]] = {}
     left = _last_blocks(setup, part)
     for number, start, length in setup.blocks(setup.parts[part]):
@@ -99,16 +129,14 @@ def refine_part(setup: Setup, part: int, places: Places) -> Arrays:
             if not bins:
                 continue
             keys = block.keys(ranking)
-            upper = upper_bins(keys)
+            upper, wide = upper_bins(keys).numpy(), keys.numpy()
             for wanted_bin in bins:
-                lower = (keys[upper == wanted_bin] & (LOWER_BINS - 1)).numpy()
+                lower = wide[upper == wanted_bin] & (LOWER_BINS - 1)
                 if lower.size:
                     place = (index, group, wanted_bin)
-                    if place not in open_tables:
-                        open_tables[place] = np.zeros(LOWER_BINS, np.int64)
-                    open_tables[place] += np.bincount(lower, minlength=LOWER_BINS)
+                    open_tables.setdefault(place, _LowerTable()).add(lower)
         for place in [p for p in open_tables if left[p[0], p[1]] == (number, start)]:
-            table = open_tables.pop(place)
+            table = open_tables.pop(place).counts()
             (lows,) = table.nonzero()
             closed[place] = (lows.astype(np.uint16), table[lows])
     assert not open_tables

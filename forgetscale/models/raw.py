@@ -187,7 +187,7 @@ class RawFolder:
             self._buffer = torch.empty(length, dtype=torch.uint8)
         if tensor.file not in self._descriptors:
             path = self.directory / tensor.file
-            self._descriptors[tensor.file] = os.open(path, os.O_RDONLY)
+            self._descriptors[tensor.file] = _open_to_pass_over(path)
         view = self._buffer.numpy().data[:length]
         done = 0
         while done < length:
@@ -204,6 +204,14 @@ class RawFolder:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+
+def _open_to_pass_over(path: Path) -> int:
+    """Open a file to be read from front to back: the system then reads further ahead."""
+    descriptor = os.open(path, os.O_RDONLY)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return descriptor
 
 
 def layout_header(tensors: list[StoredTensor], like: bytes) -> tuple[bytes, list[StoredTensor]]:
