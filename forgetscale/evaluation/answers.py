@@ -12,7 +12,7 @@ from forgetscale.evaluation.prompts import ChatPrompts
 from forgetscale.evaluation.results import SampleRecord
 from forgetscale.evaluation.scoring import METRICS, counts
 from forgetscale.evaluation.tasks import ChatTask
-from forgetscale.evaluation.text_measures import MEASURES
+from forgetscale.evaluation.text_measures import MEASURES, require_measure
 
 
 class GeneratedAnswers:
@@ -24,6 +24,9 @@ class GeneratedAnswers:
         stop_ids: Tokens that end an answer.
         max_new_tokens: Longest answer in tokens.
         decoding: Greedy or sampling.
+
+    Raises:
+        ConfigError: A package that judges answers of this kind is not installed.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class GeneratedAnswers:
         max_new_tokens: int,
         decoding: Decoding,
     ) -> None:
+        require_measure(task.kind)
         self.name = task.name
         self.input_hash = task.task_hash
         self.num_items = len(task.questions)

@@ -20,9 +20,13 @@ import pyarrow.parquet as pq
 from forgetscale.artifact import canonical_json, hash_bytes
 from forgetscale.errors import DataError
 from forgetscale.evaluation.harness.files import harness_names, is_harness
+from forgetscale.evaluation.ifeval import PUBLISHED_KEYS, require_instruction, row_of_published
 from forgetscale.ops.checks import passes
 
-KINDS = ("exact", "check", "refusal", "no_refusal", "code_mixing", "chrf", "language_mixing")
+KINDS = (
+    *("exact", "check", "refusal", "no_refusal", "code_mixing"),
+    *("chrf", "language_mixing", "ifeval"),
+)
 PERPLEXITY_PREFIX = "perplexity/"
 _ROW_KEYS = {"id", "messages", "kind", "answers", "checks", "meta"}
 _ROLES = ("system", "user", "assistant")
@@ -37,7 +41,7 @@ class Question:
         messages: Chat turns, ending with one of the user.
         kind: How the answer is judged, one of ``KINDS``.
         answers: Accepted answers, for ``exact``.
-        checks: Program-checkable instructions, for ``check``.
+        checks: Program-checkable instructions, for ``check``; those of IFEval, for ``ifeval``.
         meta: Anything else; ``refusals`` (answer openings), ``other_words`` and ``raw_prompt`` are
             used here.
     """
@@ -207,6 +211,11 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _read_row(row: dict[str, Any], where: str) -> Question:
+    if set(row) == PUBLISHED_KEYS:
+        try:
+            row = row_of_published(row)
+        except ValueError as error:
+            raise DataError(f"{where}: {error}.") from error
     if unknown := sorted(set(row) - _ROW_KEYS):
         near = difflib.get_close_matches(unknown[0], _ROW_KEYS, n=1, cutoff=0.0)
         raise DataError(f"{where}: unknown key {unknown[0]!r}; nearest valid key: {near[0]!r}.")
@@ -229,13 +238,17 @@ def _read_row(row: dict[str, Any], where: str) -> Question:
         raise DataError(f"{where}: checks must be a list of objects that each name a kind.")
     for check in checks:
         try:
-            passes(check, "")
+            if kind == "ifeval":
+                require_instruction(check)
+            else:
+                passes(check, "")
         except ValueError as error:
             raise DataError(f"{where}: {error}.") from error
     needed = {
         "exact": ("answers", answers),
         "chrf": ("answers, the references,", answers),
         "check": ("checks", checks),
+        "ifeval": ("checks", checks),
     }.get(kind)
     language = meta.get("language")
     if kind == "language_mixing" and not (isinstance(language, str) and len(language) == 2):

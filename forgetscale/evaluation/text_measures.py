@@ -1,4 +1,4 @@
-"""Measures of whole answers that are no yes or no: chrF++ and code-mixing in shares."""
+"""Measures of whole answers that are no single yes or no: chrF++, code-mixing, IFEval."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from forgetscale.evaluation.bootstrap import (
     interval_seed,
 )
 from forgetscale.evaluation.forced import MeasureSettings
+from forgetscale.evaluation.ifeval import follows, follows_loosely
+from forgetscale.evaluation.ifeval_text import require_packages
 from forgetscale.evaluation.mixing import METRICS, measure_mixing, require_identifiers
 from forgetscale.evaluation.results import Result
 from forgetscale.evaluation.tasks import ChatTask
@@ -54,12 +56,15 @@ def chrf_measures(task: ChatTask, answers: Sequence[str], settings: MeasureSetti
     ], scores
 
 
-def _chrf() -> Any:
+def _require_sacrebleu() -> None:
     if importlib.util.find_spec("sacrebleu") is None:
         raise ConfigError(
             "tasks of kind chrf need the package sacrebleu, which is not installed; run pip install"
             " 'forgetscale[eval]'."
         )
+
+
+def _chrf() -> Any:
     from sacrebleu.metrics.chrf import CHRF
 
     return CHRF(word_order=2)
@@ -99,7 +104,6 @@ def mixing_measures(task: ChatTask, answers: Sequence[str], settings: MeasureSet
     Returns:
         One result for each of ``mixing.METRICS``, and whether each answer is mixed.
     """
-    require_identifiers()
     found = [
         measure_mixing(answer, question.meta["language"])
         for question, answer in zip(task.questions, answers, strict=True)
@@ -116,6 +120,41 @@ def mixing_measures(task: ChatTask, answers: Sequence[str], settings: MeasureSet
         )
         results.append(_result(task, metric, interval, len(found), False))
     return results, [float(item.mixed) for item in found]
+
+
+def ifeval_measures(task: ChatTask, answers: Sequence[str], settings: MeasureSettings) -> Measures:
+    """Count the answers that follow their instructions; see ``ifeval``.
+
+    Args:
+        task: Task of kind ``ifeval``.
+        answers: One per question, in order.
+        settings: Bootstrap.
+
+    Returns:
+        The four published results: share of prompts all of whose instructions are followed, and
+        share of instructions, each strictly and loosely; and whether each prompt is, strictly.
+    """
+    results: list[Result] = []
+    values: list[float] = []
+    for mode, judge in (("strict", follows), ("loose", follows_loosely)):
+        counts = np.array(
+            [
+                (sum(judge(check, answer) for check in question.checks), len(question.checks))
+                for question, answer in zip(task.questions, answers, strict=True)
+            ],
+            dtype=np.float64,
+        )
+        whole = (counts[:, 0] == counts[:, 1]).astype(np.float64)
+        values = values or whole.tolist()
+        for level, top, bottom in (
+            ("prompt", whole, np.ones(len(whole))),
+            ("inst", counts[:, 0], counts[:, 1]),
+        ):
+            metric = f"{level}_level_{mode}_acc"
+            generator = interval_seed(settings.seed, f"{task.name}/{metric}")
+            interval = bootstrap_ratio(top, bottom, generator, num_resamples=settings.num_resamples)
+            results.append(_result(task, metric, interval, len(whole), True))
+    return results, values
 
 
 def _result(task: ChatTask, metric: str, value: Interval, n: int, better: bool) -> Result:
@@ -135,5 +174,24 @@ def _result(task: ChatTask, metric: str, value: Interval, n: int, better: bool) 
 MEASURES: dict[str, Callable[[ChatTask, Sequence[str], MeasureSettings], Measures]] = {
     "chrf": chrf_measures,
     "language_mixing": mixing_measures,
+    "ifeval": ifeval_measures,
 }
 """Kind of task -> what measures its answers together."""
+_NEEDS: dict[str, Callable[[], object]] = {
+    "chrf": _require_sacrebleu,
+    "language_mixing": require_identifiers,
+    "ifeval": require_packages,
+}
+
+
+def require_measure(kind: str) -> None:
+    """Check, before a model is asked, that what judges its answers is installed.
+
+    Args:
+        kind: Kind of task.
+
+    Raises:
+        ConfigError: A package is missing.
+    """
+    if kind in _NEEDS:
+        _NEEDS[kind]()

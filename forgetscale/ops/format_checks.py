@@ -1,7 +1,9 @@
 """More checks of an answer that a program can decide: the kinds of instruction IFEval uses.
 
 Written anew from the published list of instruction kinds (arXiv:2311.07911), without its helpers
-that download tokenizer data: sentences are counted by end marks, words by white space.
+that download tokenizer data: sentences are counted by end marks, words by white space. They are
+stricter than the published checkers in places (a numbered line is a bullet here, an empty highlight
+none); tasks of kind ``ifeval`` give the published verdicts, see ``evaluation.ifeval``.
 """
 
 from __future__ import annotations
