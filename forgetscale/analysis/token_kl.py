@@ -27,6 +27,8 @@ def add_arguments(parser: Any) -> None:
         help="compare at the first token, or read the answer on and take all")  # fmt: skip
     add("--same-context", action="store_true",
         help="give both models the tuned model's prompt")  # fmt: skip
+    add("--memory", choices=("auto", "stream", "resident"), default="auto",
+        help="models whole, or one layer at a time (default: by free memory)")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
@@ -50,9 +52,9 @@ def run(options: argparse.Namespace) -> None:
     items = read_items(options.prompts, need_answers=comparison.all_tokens)
     if options.same_context:
         items = [item.in_one_context() for item in items]
-    options.workers = options.workers or 1  # each holds both models
+    options.workers = options.workers or 1  # each holds both models, or a layer
     place = read_place(options)
-    summary = compare_tokens(comparison, items, place)
+    summary = compare_tokens(comparison, items, place, memory=options.memory, log=print)
     if place.rank == 0:
         for group, row in summary.items():
             numbers = ", ".join(f"{name} {row[name]['mean']:.6f}" for name in MEASURES)

@@ -1,26 +1,31 @@
-"""How far apart two models' next tokens are, after the same words or each after its own.
-
-Shape letters: T answer tokens of an item, V vocabulary.
-"""
+"""How far apart two models' next tokens are, after the same words or each after its own."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from forgetscale.artifact import ArtifactWriter, canonical_json, hash_bytes, write_json
 from forgetscale.data import tokenizer_hash
 from forgetscale.errors import DataError
 from forgetscale.evaluation.bootstrap import bootstrap_mean, interval_seed
-from forgetscale.evaluation.model import LoadedModel, hash_model, load_model
+from forgetscale.evaluation.model import hash_model
+from forgetscale.knowledge.kl_logits import (
+    Holding,
+    Memory,
+    Question,
+    agree_on_holding,
+    choose_holding,
+    resident_logits,
+    streamed_logits,
+)
 from forgetscale.knowledge.restore import Place
 from forgetscale.knowledge.work import Crew
 from forgetscale.ops.knowledge import (
@@ -34,7 +39,7 @@ from forgetscale.ops.knowledge import (
 
 KIND = "token_kl"
 MEASURES = ("topk_kl", "full_kl", "tuned_mass", "source_mass")
-_LOADED: dict[Path, LoadedModel] = {}
+_LOGITS = {"resident": resident_logits, "stream": streamed_logits}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ class Comparison:
         direction: See ``topk_kl``.
         top_of: See ``topk_kl``.
         all_tokens: Compare at every answer token, not only at the first.
-        part: Items of one resumable part.
+        part: Items of one resumable part where models are held whole.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
     """
 
@@ -108,24 +113,6 @@ def read_items(path: Path, *, need_answers: bool) -> list[Item]:
     return found
 
 
-def _model(folder: Path, dtype: str) -> LoadedModel:
-    if folder not in _LOADED:
-        _LOADED[folder] = load_model(folder, dtype=dtype)
-    return _LOADED[folder]
-
-
-@torch.no_grad()
-def answer_logits(loaded: LoadedModel, prompt: str, answer: Sequence[int]) -> Tensor:
-    """Return ``[T, V]`` fp32 logits of the tokens of an answer (its ids), after a prompt."""
-    ids = [*loaded.tokenizer(prompt)["input_ids"]]
-    if len(ids) > 1 and ids[-1] in loaded.stop_ids:
-        ids = ids[:-1]
-    rows = torch.tensor([[*ids, *answer[:-1]]], device=loaded.model.device)
-    count = max(len(answer), 1)
-    logits: Tensor = loaded.model(rows, logits_to_keep=count).logits[0, -count:]
-    return logits.float().cpu()
-
-
 def compare_logits(tuned: Tensor, source: Tensor, comparison: Comparison) -> np.ndarray:
     """Return ``[4]``: means over positions, in the order of ``MEASURES``."""
     ids = top_ids(tuned if comparison.top_of == "tuned" else source, comparison.k)
@@ -144,17 +131,19 @@ def compare_logits(tuned: Tensor, source: Tensor, comparison: Comparison) -> np.
     return np.array([float(row.double().mean()) for row in rows])
 
 
-def token_kl_part(part: int, comparison: Comparison, items: Sequence[Item]) -> dict[str, Any]:
+def token_kl_part(
+    part: int, comparison: Comparison, items: Sequence[Item], holding: Holding
+) -> dict[str, Any]:
     """Compare one part's items."""
-    tuned = _model(comparison.tuned, comparison.dtype)
-    source = _model(comparison.source, comparison.dtype)
+    own = items[part * holding.part : (part + 1) * holding.part]
+    answers = [item.answer if comparison.all_tokens else "" for item in own]
+    asked = [
+        (Question(item.prompt, answer), Question(item.source_prompt, answer))
+        for item, answer in zip(own, answers, strict=True)
+    ]
     rows = []
-    for item in items[part * comparison.part : (part + 1) * comparison.part]:
-        answer: list[int] = []
-        if comparison.all_tokens:
-            answer = tuned.tokenizer(item.answer, add_special_tokens=False)["input_ids"]
-        mine = answer_logits(tuned, item.prompt, answer)
-        theirs = answer_logits(source, item.source_prompt, answer)
+    logits_of = _LOGITS[holding.memory]
+    for mine, theirs in logits_of((comparison.tuned, comparison.source), asked, comparison.dtype):
         if comparison.k > mine.shape[-1]:
             raise DataError(
                 f"--kl-top-k {comparison.k} is above the vocabulary of {mine.shape[-1]}; lower it."
@@ -164,14 +153,29 @@ def token_kl_part(part: int, comparison: Comparison, items: Sequence[Item]) -> d
 
 
 def compare_tokens(
-    comparison: Comparison, items: Sequence[Item], place: Place, *, seed: int = 0
+    comparison: Comparison,
+    items: Sequence[Item],
+    place: Place,
+    *,
+    memory: Memory = "auto",
+    seed: int = 0,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Compare two models on all items; publish ``items.jsonl`` and ``token_kl.json``.
 
     Resumes part by part. Every rank must call it alike; one alone is enough. Each process holds
-    both models.
+    both models, or one layer of one of them at a time; values agree to rounding.
+
+    Args:
+        comparison: What is compared.
+        items: In the order of the result.
+        place: Output folder and processes.
+        memory: ``resident``, ``stream`` (layer by layer), or ``auto`` by the room there is.
+        seed: Of the bootstrap.
+        log: Receives a line that says how models are held.
 
     Raises:
+        ConfigError: ``stream``, and an architecture is not known to run so.
         DataError: The models have other tokenizers, or the output exists.
     """
     if tokenizer_hash(comparison.source) != tokenizer_hash(comparison.tuned):
@@ -183,16 +187,31 @@ def compare_tokens(
         raise DataError(f"{place.output} exists already; name another --output or remove it.")
     hashes = {"source": hash_model(comparison.source), "tuned": hash_model(comparison.tuned)}
     asked = {k: str(v) for k, v in asdict(comparison).items()}
-    digest = hash_bytes(canonical_json([asked, hashes, [asdict(item) for item in items]]))
+    digest = hash_bytes(canonical_json([asked, memory, hashes, [asdict(item) for item in items]]))
     work = place.output.with_name(f".{place.output.name}.work-{digest[:12]}")
-    count = -(-len(items) // comparison.part)
+    holding = agree_on_holding(
+        work,
+        lambda: choose_holding(
+            (comparison.tuned, comparison.source),
+            memory,
+            dtype=comparison.dtype,
+            num_items=len(items),
+            resident_part=comparison.part,
+            workers=place.workers,
+            ranks=place.size,
+        ),
+    )
+    if place.rank == 0:
+        log(holding.described())
+    count = -(-len(items) // holding.part)
     with Crew(work, place.rank, place.size, place.workers, place.visible) as crew:
-        results = crew.run("token-kl", token_kl_part, count, (comparison, items))
+        results = crew.run("token-kl", token_kl_part, count, (comparison, items, holding))
         values = np.concatenate([arrays["values"] for arrays in results])
         summary = summarise(values, items, seed)
         if place.rank == 0:
             with ArtifactWriter(place.output, KIND) as artifact:
-                artifact.inputs, artifact.payload = hashes, {"comparison": asked}
+                artifact.inputs = hashes
+                artifact.payload = {"comparison": asked, "holding": asdict(holding)}
                 lines = [
                     json.dumps(asdict(item) | _named(row), ensure_ascii=False) + "\n"
                     for item, row in zip(items, values, strict=True)

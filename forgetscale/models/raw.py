@@ -181,14 +181,27 @@ class RawFolder:
 
     def read_bytes(self, name: str, start: int, length: int) -> Tensor:
         """Return bytes ``start .. start + length`` of a tensor; see ``read``."""
-        tensor = self.tensors[name]
-        assert 0 <= start and start + length <= tensor.num_bytes, (name, start, length)
         if self._buffer.numel() < length:
             self._buffer = torch.empty(length, dtype=torch.uint8)
+        self._fill(name, start, self._buffer[:length])
+        return self._buffer[:length]
+
+    def read_whole(self, name: str) -> Tensor:
+        """Return a float tensor, flat, in memory of its own."""
+        dtype = self.tensors[name].dtype
+        assert dtype is not None, name
+        own = torch.empty(self.tensors[name].num_bytes, dtype=torch.uint8)
+        self._fill(name, 0, own)
+        return own.view(dtype)
+
+    def _fill(self, name: str, start: int, out: Tensor) -> None:
+        """Read bytes of a tensor from ``start`` on until ``out`` is full."""
+        tensor, length = self.tensors[name], out.numel()
+        assert 0 <= start and start + length <= tensor.num_bytes, (name, start, length)
         if tensor.file not in self._descriptors:
             path = self.directory / tensor.file
             self._descriptors[tensor.file] = _open_to_pass_over(path)
-        view = self._buffer.numpy().data[:length]
+        view = out.numpy().data
         done = 0
         while done < length:
             got = os.preadv(
@@ -197,7 +210,6 @@ class RawFolder:
             if got == 0:
                 raise DataError(f"{self.directory / tensor.file} became shorter while it was read.")
             done += got
-        return self._buffer[:length]
 
     def close(self) -> None:
         """Close the files."""

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from forgetscale.cli import main
+from forgetscale.errors import ConfigError
+from forgetscale.knowledge import kl_logits
+from forgetscale.knowledge.token_kl import MEASURES, Comparison, read_items, token_kl_part
+from forgetscale.models import streamed as streamed_models
 from tests.distributed import tiny
 
 
@@ -70,6 +75,75 @@ def test_all_answer_tokens(pair, tmp_path: Path):
 def test_the_same_model_is_at_distance_zero(pair, tmp_path: Path):
     found = run((pair[0], pair[0]), [{"prompt": "w5 w6"}], tmp_path / "out")
     assert abs(found["all"]["full_kl"]["mean"]) < 1e-6
+
+
+ITEMS = [
+    {
+        "prompt": f"w{5 + i} w6 w7",
+        "source_prompt": f"w9 w{8 + i}",
+        "answer": "w31 w42",
+        "group": "a",
+    }
+    for i in range(7)
+]
+
+
+@pytest.fixture(scope="module")
+def streamed(pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("kl") / "stream"
+    run(pair, ITEMS, output, "--answer-tokens", "all", "--memory", "stream")
+    return output
+
+
+def rows_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "items.jsonl").read_text().splitlines()]
+
+
+def test_layer_by_layer_gives_what_whole_models_give(pair, streamed: Path, tmp_path: Path):
+    whole = tmp_path / "whole"
+    run(pair, ITEMS, whole, "--answer-tokens", "all", "--memory", "resident")
+    for mine, theirs in zip(rows_of(streamed), rows_of(whole), strict=True):
+        for name in MEASURES:
+            assert mine[name] == pytest.approx(theirs[name], rel=2e-5), name
+    held = [
+        json.loads((output / "manifest.json").read_text())["payload"]["holding"]
+        for output in (streamed, whole)
+    ]
+    assert [item["memory"] for item in held] == ["stream", "resident"]
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in pair]
+    assert 0.9 * sum(sizes) < held[0]["needed"] < sum(sizes)
+
+
+def test_parts_and_groups_of_texts_do_not_change_a_bit(
+    pair, streamed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Parts as two workers have them, and hidden states of two texts at a time."""
+    monkeypatch.setattr(kl_logits, "STREAMED_TOKENS", 9)
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    items = read_items(path, need_answers=True)
+    holding = kl_logits.Holding("stream", 4, 0, None)
+    comparison = Comparison(*pair, all_tokens=True)
+    found = [token_kl_part(part, comparison, items, holding)["values"] for part in (0, 1)]
+    wanted = [[row[name] for name in MEASURES] for row in rows_of(streamed)]
+    assert np.concatenate(found).tolist() == wanted
+
+
+def test_what_fits_is_held_whole(pair, monkeypatch: pytest.MonkeyPatch):
+    given = {"dtype": "auto", "num_items": 1000, "resident_part": 64, "ranks": 1}
+    whole = kl_logits.choose_holding(pair, "auto", workers=1, **given)
+    assert (whole.memory, whole.part) == ("resident", 64)
+    monkeypatch.setattr(kl_logits, "free_host_memory", lambda: whole.needed * 2)
+    assert kl_logits.choose_holding(pair, "auto", workers=1, **given).memory == "resident"
+    narrow = kl_logits.choose_holding(pair, "auto", workers=2, **given)
+    assert (narrow.memory, narrow.part) == ("stream", 500)
+    config = json.loads((pair[0] / "config.json").read_text())
+    assert config["model_type"] in streamed_models.STREAMED_KINDS
+    monkeypatch.setattr(kl_logits, "STREAMED_KINDS", ())
+    assert kl_logits.choose_holding(pair, "auto", workers=2, **given).memory == "resident"
+    monkeypatch.setattr(streamed_models, "STREAMED_KINDS", ())
+    with pytest.raises(ConfigError, match="use --memory resident"):
+        kl_logits.choose_holding(pair, "stream", workers=1, **given)
 
 
 def test_what_is_refused(pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
