@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from forgetscale.evaluation.collective import Collective
@@ -24,6 +25,7 @@ class GeneratedAnswers:
         stop_ids: Tokens that end an answer.
         max_new_tokens: Longest answer in tokens.
         decoding: Greedy or sampling.
+        log_dir: Folder in which answers are kept until the end of an evaluation; None keeps none.
 
     Raises:
         ConfigError: A package that judges answers of this kind is not installed.
@@ -37,6 +39,7 @@ class GeneratedAnswers:
         stop_ids: Sequence[int],
         max_new_tokens: int,
         decoding: Decoding,
+        log_dir: Path | None = None,
     ) -> None:
         require_measure(task.kind)
         self.name = task.name
@@ -47,6 +50,7 @@ class GeneratedAnswers:
         self._stop_ids = stop_ids
         self._max_new_tokens = max_new_tokens
         self._decoding = decoding
+        self._log_dir = None if log_dir is None else log_dir / task.task_hash[:20]
         self._rows = [prompts.question_ids(question) for question in task.questions]
 
     def measure(
@@ -80,6 +84,8 @@ class GeneratedAnswers:
             stop_ids=self._stop_ids,
             decoding=self._decoding,
             seed=settings.seed,
+            names=[question.id for question in task.questions],
+            log_dir=self._log_dir,
             on_call=on_call,
         )
         if task.kind in MEASURES:

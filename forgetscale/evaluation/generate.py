@@ -7,16 +7,19 @@ while decoding, so ranks may need different numbers of steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from forgetscale.artifact import canonical_json, hash_bytes
 from forgetscale.errors import DataError
+from forgetscale.evaluation.asked import Asked, NothingKept, RequestLog, answer_each_once
 from forgetscale.evaluation.collective import Collective
-from forgetscale.evaluation.plan import gather_exactly_once, plan_batches
+from forgetscale.evaluation.plan import PlannedBatch
 from forgetscale.evaluation.prompts import ChatPrompts
 
 
@@ -100,6 +103,8 @@ def generate_answers(
     stop_ids: Sequence[int],
     decoding: Decoding,
     seed: int,
+    names: Sequence[str] | None = None,
+    log_dir: Path | None = None,
     on_call: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
     """Answer all prompts.
@@ -119,6 +124,8 @@ def generate_answers(
         stop_ids: Tokens that end an answer.
         decoding: Greedy or sampling.
         seed: Seed of sampling; unused when greedy.
+        names: Name of each prompt, by which its answer is kept; None numbers them.
+        log_dir: Folder in which answers are kept and found again; None keeps none.
         on_call: Called after each batch of this rank.
 
     Returns:
@@ -132,23 +139,32 @@ def generate_answers(
     config = generation_config(
         decoding, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=pad_id
     )
-    lengths = [len(row) for row in prompt_rows]
-    rank, world_size = collective.rank, collective.world_size
-    local: dict[int, Answer] = {}
-    for batch in plan_batches(lengths, batch_size, rank=rank, world_size=world_size):
+    how = [max_new_tokens, list(stop_ids), asdict(decoding), seed]
+    asked = [
+        Asked(name, hash_bytes(canonical_json([list(row), *how])))
+        for name, row in zip(names or map(str, range(len(prompt_rows))), prompt_rows, strict=True)
+    ]
+
+    def answer(batch: PlannedBatch) -> list[tuple[str, bool]]:
         if batch.dummy:
-            on_call()
-            continue
+            return []
         rows = [prompt_rows[item] for item in batch.items]
         with torch.random.fork_rng(enabled=decoding.temperature > 0):
             if decoding.temperature > 0:
                 torch.manual_seed(seed_of_batch(seed, batch.number))
             new_ids = _decode(model, rows, pad_id, config)
-        for item, ids in zip(batch.items, new_ids, strict=True):
-            local[item] = _cut(ids, set(stop_ids), prompts)
-        on_call()
-    answers = gather_exactly_once(collective, local, range(len(prompt_rows)))
-    return [answers[item] for item in range(len(prompt_rows))]
+        return [_cut(ids, set(stop_ids), prompts) for ids in new_ids]
+
+    found = answer_each_once(
+        asked,
+        [len(row) for row in prompt_rows],
+        answer,
+        collective=collective,
+        batch_size=batch_size,
+        log=NothingKept() if log_dir is None else RequestLog(log_dir, collective),
+        on_call=on_call,
+    )
+    return [Answer(*found[item.key]) for item in asked]
 
 
 def _require_fit(model: Any, longest: int, max_new_tokens: int) -> None:
@@ -183,8 +199,9 @@ def _decode(
     return new_ids
 
 
-def _cut(ids: Sequence[int], stop_ids: set[int], prompts: ChatPrompts) -> Answer:
+def _cut(ids: Sequence[int], stop_ids: set[int], prompts: ChatPrompts) -> tuple[str, bool]:
+    """Return the text up to a token that ends it, and whether there is one."""
     for position, token_id in enumerate(ids):
         if token_id in stop_ids:
-            return Answer(prompts.decode(ids[:position]), stopped=True)
-    return Answer(prompts.decode(ids), stopped=False)
+            return prompts.decode(ids[:position]), True
+    return prompts.decode(ids), False

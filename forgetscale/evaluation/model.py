@@ -140,8 +140,7 @@ class ModelEvaluator:
         task_dir: Folder of tasks.
         max_new_tokens: Longest answer in tokens, for all tasks or by task name (others: 64).
         options: Decoding and how much is measured.
-        asked_dir: Folder in which answers to harness tasks are kept until all is measured; None
-            keeps none.
+        asked_dir: Folder in which answers are kept until all is measured; None keeps none.
         log: Receives a line for each Python file that a task runs.
 
     Raises:
@@ -188,7 +187,7 @@ class ModelEvaluator:
             max_length=model_length(loaded.model.config),
             stop_ids=loaded.stop_ids or [loaded.tokenizer.eos_token_id],
             allow_code=self._options.allow_code,
-            log_dir=None if self._asked_dir is None else self._asked_dir / name.replace("/", "-"),
+            log_dir=self._log_dir(name),
             log=self._log,
         )
 
@@ -208,7 +207,12 @@ class ModelEvaluator:
             if isinstance(limit, int)
             else limit.get(task.name, DEFAULT_NEW_TOKENS),
             decoding=self._options.decoding,
+            log_dir=self._log_dir(task.name),
         )
+
+    def _log_dir(self, name: str) -> Path | None:
+        """Return where answers to a task are kept; names of the harness's tasks hold a slash."""
+        return None if self._asked_dir is None else self._asked_dir / name
 
     def use(self, model: Any) -> None:
         """Ask another model of the same tokenizer from now on, such as an edit of the first."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,56 @@ def test_the_command_on_one_two_and_three_processes(ranks: RankServer, runs: Run
         assert outcome.codes == [0] * size, outcome.logs
         found[size] = stored(output)
     assert found[1] == found[2] == found[3] == stored(run.folder / "results" / "final")
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}w3 {{ m['content'] }} w4 {% else %}"
+    "{{ m['content'] }} w1 {% endif %}{% endfor %}"
+)
+
+
+def test_a_killed_evaluation_goes_on_with_another_number_of_processes(
+    ranks: RankServer, runs: Runs, settings: dict
+):
+    """Killed on two, ended on three: no answer is made twice, every byte as on one."""
+    model = runs.world() / "chat-model"
+    shutil.copytree(runs.get("ssu", 1, evaluate=settings).folder / "export", model)
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    tasks = runs.world() / "chat-tasks"
+    tasks.mkdir()
+    rows = [
+        {
+            "id": f"q{number}",
+            "kind": "check",
+            "messages": [{"role": "user", "content": f"w{number + 5}"}],
+            "checks": [{"kind": "num_words", "min": 1, "max": 8 if number % 2 else 3}],
+        }
+        for number in range(5)
+    ]
+    (tasks / "length.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def start(name: str, size: int, job: str = "cli:run", **more: object) -> Path:
+        output = runs.world() / name
+        arguments = ["evaluate", "--model", str(model), "--output", str(output)]
+        arguments += ["--task-dir", str(tasks), "--batch-size", "1", "--max-new-tokens", "8"]
+        outcome = ranks.run(job, size, arguments=arguments, **more)
+        assert outcome.codes[-1] == (-signal.SIGKILL if more else 0), outcome.logs
+        return output
+
+    expected = start("chat-whole", 1)
+    polls = {"when": "during evaluation", "number": 2, "what": int(signal.SIGKILL)}
+    output = start("chat-killed", 2, "crash:signal_when", **polls)
+    kept = [path.read_text() for path in (output.parent / f".{output.name}.asked").rglob("*.jsonl")]
+    keys = [json.loads(line)["key"] for text in kept for line in text.splitlines()]
+    assert 2 <= len(set(keys)) == len(keys) < 5 and set(keys) < {
+        f"q{number}" for number in range(5)
+    }
+    assert not output.exists()
+    start("chat-killed", 3)
+    for name in ("results.json", "samples.parquet"):
+        assert (output / name).read_bytes() == (expected / name).read_bytes()
+    assert not (output.parent / f".{output.name}.asked").exists()
+    assert 0 < stored(output)["length accuracy"] < 1
 
 
 def test_a_task_with_code_is_refused_before_any_work(ranks: RankServer, runs: Runs, settings: dict):

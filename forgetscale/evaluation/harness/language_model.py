@@ -26,31 +26,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from forgetscale.artifact import canonical_json, hash_bytes
 from forgetscale.errors import DataError, ForgetScaleError
+from forgetscale.evaluation.asked import Asked, Log, NothingKept, answer_each_once
 from forgetscale.evaluation.collective import Collective
 from forgetscale.evaluation.forced import pad_right
-from forgetscale.evaluation.harness.asked import NothingKept, RequestLog
 from forgetscale.evaluation.harness.backends import Backend, Generation, decoding_of
-from forgetscale.evaluation.plan import (
-    PlannedBatch,
-    cut_batches,
-    gather_exactly_once,
-    share_batches,
-)
+from forgetscale.evaluation.plan import PlannedBatch
 
 DEFAULT_MAX_GEN_TOKS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A request with the name it is counted by.
-
-    Attributes:
-        key: ``task/document/choice/repeat``, unique in an evaluation.
-        arguments: Hash of what is asked.
-    """
-
-    key: str
-    arguments: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +68,7 @@ class GlobalRankLM(TemplateLM):  # type: ignore[misc]
         max_length: int,
         stop_ids: Sequence[int],
         seed: int,
-        log: RequestLog | NothingKept | None = None,
+        log: Log | None = None,
         on_call: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
@@ -308,30 +290,15 @@ class GlobalRankLM(TemplateLM):  # type: ignore[misc]
         lengths: Sequence[int],
         answer: Callable[[PlannedBatch], Sequence[Any]],
     ) -> dict[str, Any]:
-        """Answer requests over all ranks; return every answer on all of them.
-
-        Batches are cut over all requests, then those that were answered by an earlier start are
-        left out: what shares a batch does not depend on where a start was stopped.
-        """
-        kept = {item.key: self._log.find(item.key, item.arguments) for item in asked}
-        open_batches = [
-            batch
-            for batch in cut_batches(lengths, self._batch_size)
-            if any(kept[asked[item].key] is None for item in batch.items)
-        ]
-        local: dict[str, Any] = {}
-        rank, world_size = self.collective.rank, self.collective.world_size
-        for batch in share_batches(open_batches, rank=rank, world_size=world_size):
-            found = answer(batch)
-            if not batch.dummy:
-                named = [asked[item] for item in batch.items]
-                new = dict(zip((item.key for item in named), found, strict=True))
-                self._log.keep({item.key: (item.arguments, new[item.key]) for item in named})
-                local |= new
-            self._on_call()
-        opened = {asked[item].key for batch in open_batches for item in batch.items}
-        made = gather_exactly_once(self.collective, local, sorted(opened))
-        return {item.key: made.get(item.key, kept[item.key]) for item in asked}
+        return answer_each_once(
+            asked,
+            lengths,
+            answer,
+            collective=self.collective,
+            batch_size=self._batch_size,
+            log=self._log,
+            on_call=self._on_call,
+        )
 
     @property
     def _pad_id(self) -> int:
@@ -340,7 +307,7 @@ class GlobalRankLM(TemplateLM):  # type: ignore[misc]
 
 
 def name_requests(requests: Sequence[Instance]) -> list[Asked]:
-    """Name each request by its document, so that it can be counted.
+    """Name each request ``task/document/choice/repeat``, so that it can be counted.
 
     Args:
         requests: From the harness; a request that is repeated stands several times.

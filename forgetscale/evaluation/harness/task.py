@@ -13,6 +13,7 @@ import numpy as np
 
 from forgetscale.artifact import canonical_json, hash_bytes, hash_file
 from forgetscale.errors import ConfigError, DataError
+from forgetscale.evaluation.asked import NothingKept, RequestLog
 from forgetscale.evaluation.bootstrap import (
     Interval,
     bootstrap_mean,
@@ -21,7 +22,6 @@ from forgetscale.evaluation.bootstrap import (
 )
 from forgetscale.evaluation.collective import Collective
 from forgetscale.evaluation.forced import Measured, MeasureSettings
-from forgetscale.evaluation.harness.asked import NothingKept, RequestLog
 from forgetscale.evaluation.harness.backends import Backend
 from forgetscale.evaluation.harness.files import HarnessFile, read_harness_file
 from forgetscale.evaluation.results import Result, SampleRecord

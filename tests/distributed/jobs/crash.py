@@ -228,11 +228,9 @@ def train_for_and_signal(arguments: list[str], step: int) -> None:
         raise SystemExit(main(arguments))
 
 
-def signal_when(arguments: list[str], when: str, number: int) -> None:
-    """Run a command line; one rank gets SIGUSR1 before the ``number``-th poll of a phase."""
-    event = Countdown(
-        number, lambda: os.kill(os.getpid(), signal.SIGUSR1), dist.get_world_size() - 1
-    )
+def signal_when(arguments: list[str], when: str, number: int, what: int = signal.SIGUSR1) -> None:
+    """Run a command line; one rank gets a signal before the ``number``-th poll of a phase."""
+    event = Countdown(number, lambda: os.kill(os.getpid(), what), dist.get_world_size() - 1)
     original = World.stop_if_asked
     of_phase = before(event, original, lambda world, found: found == when)
     with mock.patch.object(World, "stop_if_asked", of_phase):

@@ -104,19 +104,19 @@ class Recorder:
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.given: dict[int, Any] = {}
+        self.given: dict[str, Any] = {}
 
     def gather_objects(self, value: Any) -> list[Any]:
         self.given = value
         raise StopIteration
 
 
-def sampled_answers(model_dir: Path, task_dir: Path, world_size: int) -> dict[int, Any]:
+def sampled_answers(model_dir: Path, task_dir: Path, world_size: int) -> dict[str, Any]:
     """Run the ranks in turn: threads would share the seed of torch."""
     loaded = load_model(model_dir, dtype="float32", device="cpu")
     prompts = ChatPrompts(loaded.tokenizer)
     questions = load_chat_task(task_dir, "compliance").questions
-    answers: dict[int, Any] = {}
+    answers: dict[str, Any] = {}
     for rank in range(world_size):
         recorder = Recorder(rank, world_size)
         with pytest.raises(StopIteration):
@@ -130,9 +130,10 @@ def sampled_answers(model_dir: Path, task_dir: Path, world_size: int) -> dict[in
                 stop_ids=prompts.stop_ids(),
                 decoding=Decoding(temperature=0.8, top_p=0.9, top_k=10),
                 seed=3,
+                names=[question.id for question in questions],
             )
         answers |= recorder.given
-    assert sorted(answers) == list(range(len(questions)))
+    assert sorted(answers) == sorted(question.id for question in questions)
     return answers
 
 

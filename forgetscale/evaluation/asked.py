@@ -8,12 +8,34 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forgetscale.artifact import canonical_json, hash_bytes
+from forgetscale.errors import ForgetScaleError
 from forgetscale.evaluation.collective import Collective, publish_on_rank_zero
+from forgetscale.evaluation.plan import (
+    PlannedBatch,
+    cut_batches,
+    gather_exactly_once,
+    share_batches,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Something to be answered, with the name it is counted by.
+
+    Attributes:
+        key: Unique in a task, such as the id of its document.
+        arguments: Hash of what is asked.
+    """
+
+    key: str
+    arguments: str
 
 
 def _line(value: Mapping[str, Any]) -> str:
@@ -72,7 +94,7 @@ class RequestLog:
         return value["answer"] if value is not None and value["arguments"] == arguments else None
 
     def keep(self, answers: Mapping[str, tuple[str, Any]]) -> None:
-        """Append ``key -> (arguments, answer)`` of this rank; on the disk before it returns."""
+        """Append ``key -> (arguments, answer)`` of this rank; a later kill does not lose it."""
         lines = [
             _line({"key": key, "arguments": arguments, "answer": answer})
             for key, (arguments, answer) in answers.items()
@@ -93,3 +115,61 @@ class NothingKept:
 
     def keep(self, answers: Mapping[str, tuple[str, Any]]) -> None:
         """Do nothing."""
+
+
+Log = RequestLog | NothingKept
+
+
+def answer_each_once(
+    asked: Sequence[Asked],
+    lengths: Sequence[int],
+    answer: Callable[[PlannedBatch], Sequence[Any]],
+    *,
+    collective: Collective,
+    batch_size: int,
+    log: Log,
+    on_call: Callable[[], None],
+) -> dict[str, Any]:
+    """Answer everything over all ranks, each thing exactly once; return all answers on all ranks.
+
+    Collective: every rank must call it with the same things.
+
+    Batches are cut over everything, then those that an earlier start answered are left out: what
+    shares a batch does not depend on where a start was stopped, nor on the number of ranks.
+
+    Args:
+        asked: What is asked, each with a key of its own.
+        lengths: Tokens of each; similar ones share a batch.
+        answer: Answers a batch, in order, as JSON keeps them. Called equally often on every rank;
+            what it returns for a dummy is dropped.
+        collective: The processes that evaluate together.
+        batch_size: Most of a batch, >= 1.
+        log: What was answered before.
+        on_call: Called on every rank after each batch, equally often; may raise on all.
+
+    Raises:
+        ForgetScaleError: A key stands twice, or something came back twice or not at all.
+    """
+    kept = {item.key: log.find(item.key, item.arguments) for item in asked}
+    if len(kept) != len(asked):
+        twice = Counter(item.key for item in asked).most_common(1)[0][0]
+        raise ForgetScaleError(f"evaluation: {twice!r} is asked twice; expected each key once.")
+    open_batches = [
+        batch
+        for batch in cut_batches(lengths, batch_size)
+        if any(kept[asked[item].key] is None for item in batch.items)
+    ]
+    local: dict[str, Any] = {}
+    for batch in share_batches(
+        open_batches, rank=collective.rank, world_size=collective.world_size
+    ):
+        found = answer(batch)
+        if not batch.dummy:
+            named = [asked[item] for item in batch.items]
+            new = dict(zip((item.key for item in named), found, strict=True))
+            log.keep({item.key: (item.arguments, new[item.key]) for item in named})
+            local |= new
+        on_call()
+    opened = {asked[item].key for batch in open_batches for item in batch.items}
+    made = gather_exactly_once(collective, local, sorted(opened))
+    return {item.key: made.get(item.key, kept[item.key]) for item in asked}
