@@ -1,7 +1,7 @@
 """Evaluation: in the loop on the live model, in full on a model folder, and the report."""
 
 from forgetscale.evaluation.collective import Collective, ProcessGroupCollective, SingleProcess
-from forgetscale.evaluation.generate import Decoding
+from forgetscale.evaluation.decoding import Decoding
 from forgetscale.evaluation.likelihood import (
     HuggingFaceLikelihood,
     LikelihoodModel,

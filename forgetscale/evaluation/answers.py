@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from forgetscale.evaluation.collective import Collective
+from forgetscale.evaluation.decoding import Decoding
 from forgetscale.evaluation.forced import Measured, MeasureSettings, share_result
-from forgetscale.evaluation.generate import Answer, Decoding, generate_answers
+from forgetscale.evaluation.generate import Answer, generate_answers
 from forgetscale.evaluation.prompts import ChatPrompts
 from forgetscale.evaluation.results import SampleRecord
 from forgetscale.evaluation.scoring import METRICS, counts
@@ -23,8 +24,8 @@ class GeneratedAnswers:
         task: Task of any kind.
         prompts: Chat template of the model's tokenizer.
         stop_ids: Tokens that end an answer.
-        max_new_tokens: Longest answer in tokens.
-        decoding: Greedy or sampling.
+        max_new_tokens: Longest answer in tokens, unless the task says so itself.
+        decoding: How answers are decoded, unless the task says so itself.
         log_dir: Folder in which answers are kept until the end of an evaluation; None keeps none.
 
     Raises:
@@ -48,8 +49,9 @@ class GeneratedAnswers:
         self._task = task
         self._prompts = prompts
         self._stop_ids = stop_ids
-        self._max_new_tokens = max_new_tokens
-        self._decoding = decoding
+        own = task.decoding
+        self._max_new_tokens = (own and own.max_new_tokens) or max_new_tokens
+        self._decoding = decoding if own is None else own.decoding
         self._log_dir = None if log_dir is None else log_dir / task.task_hash[:20]
         self._rows = [prompts.question_ids(question) for question in task.questions]
 

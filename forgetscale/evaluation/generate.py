@@ -19,35 +19,9 @@ from forgetscale.artifact import canonical_json, hash_bytes
 from forgetscale.errors import DataError
 from forgetscale.evaluation.asked import Asked, NothingKept, RequestLog, answer_each_once
 from forgetscale.evaluation.collective import Collective
+from forgetscale.evaluation.decoding import Decoding
 from forgetscale.evaluation.plan import PlannedBatch
 from forgetscale.evaluation.prompts import ChatPrompts
-
-
-@dataclass(frozen=True, slots=True)
-class Decoding:
-    """How answers are decoded.
-
-    Attributes:
-        temperature: 0 decodes greedily; above 0 samples.
-        top_p: Share of probability sampled from, in (0, 1].
-        top_k: Most tokens sampled from; 0 for all.
-        repetition_penalty: Above 1 makes seen tokens less likely, also when greedy.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuse impossible values."""
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(
-                "decoding needs temperature >= 0, top_p in (0, 1] and top_k >= 0, got"
-                f" {self.temperature}, {self.top_p} and {self.top_k}"
-            )
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty must be > 0, got {self.repetition_penalty}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +50,7 @@ def generation_config(
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": decoding.temperature > 0,
-        "num_beams": 1,
+        "num_beams": decoding.beams,
         "use_cache": True,
         "eos_token_id": list(stop_ids),
         "pad_token_id": pad_id,
@@ -122,7 +96,7 @@ def generate_answers(
         batch_size: Prompts decoded together.
         max_new_tokens: Longest answer in tokens, the end-of-turn token included.
         stop_ids: Tokens that end an answer.
-        decoding: Greedy or sampling.
+        decoding: Greedy, beams or sampling.
         seed: Seed of sampling; unused when greedy.
         names: Name of each prompt, by which its answer is kept; None numbers them.
         log_dir: Folder in which answers are kept and found again; None keeps none.

@@ -38,8 +38,8 @@ class LiveEvaluator:
         max_length: Tokens the model can look at.
 
     Raises:
-        ConfigError: A task can only be measured by generating answers, or imports code and is not
-            allowed to.
+        ConfigError: A task can only be measured by generating answers, decodes with beams, or
+            imports code and is not allowed to.
         DataError: A task is missing or malformed, or does not fit the tokenizer.
     """
 
@@ -63,16 +63,16 @@ class LiveEvaluator:
         prompts: ChatPrompts | None = None
         for name in tasks:
             if is_harness(name):
-                self._prepared.append(
-                    load_harness(
-                        task_dir,
-                        name,
-                        tokenizer,
-                        max_length=max_length,
-                        stop_ids=[tokenizer.eos_token_id],
-                        allow_code=allow_code,
-                    )
+                harness = load_harness(
+                    task_dir,
+                    name,
+                    tokenizer,
+                    max_length=max_length,
+                    stop_ids=[tokenizer.eos_token_id],
+                    allow_code=allow_code,
                 )
+                _require_no_beams(harness)
+                self._prepared.append(harness)
                 continue
             (task,) = load_tasks([name], task_dir, tokenizer=tokenizer, max_rows=max_rows)
             if isinstance(task, TokenPerplexity):
@@ -116,6 +116,15 @@ class LiveEvaluator:
             results += measured[0]
             samples += measured[1]
         return results, samples
+
+
+def _require_no_beams(task: HarnessTask) -> None:
+    """Refuse beams: on a sharded model every beam of every rank would be one more whole text."""
+    if task.num_beams != 1:
+        raise ConfigError(
+            f"evaluate.live_tasks: {task.name!r} decodes with num_beams {task.num_beams}, which a"
+            " model that is being trained does not; leave the task to the export."
+        )
 
 
 def _require_exact(task: ChatTask) -> None:

@@ -17,13 +17,14 @@ from forgetscale.errors import DataError
 from forgetscale.evaluation.answers import GeneratedAnswers
 from forgetscale.evaluation.bootstrap import NUM_RESAMPLES
 from forgetscale.evaluation.collective import Collective, SingleProcess, publish_on_rank_zero
+from forgetscale.evaluation.decoding import Decoding
 from forgetscale.evaluation.forced import (
     ForcedRecall,
     Measured,
     MeasureSettings,
     TokenPerplexity,
 )
-from forgetscale.evaluation.generate import Decoding, plain_generation_config
+from forgetscale.evaluation.generate import plain_generation_config
 from forgetscale.evaluation.harness.backends import FolderBackend
 from forgetscale.evaluation.harness.files import is_harness
 from forgetscale.evaluation.harness.task import HarnessTask, load_harness, log_name
@@ -115,7 +116,7 @@ class EvaluationOptions:
     Attributes:
         dtype: ``auto`` (as stored), ``float32`` or ``bfloat16``.
         device: Torch device; None takes the selected GPU, else the CPU.
-        decoding: Greedy or sampling.
+        decoding: Greedy, beams or sampling, for tasks that do not say so themselves.
         generate_exact: Generate answers of exact tasks too, instead of teacher forcing.
         max_rows: Rows used of each token set; None for all.
         num_resamples: Bootstrap resamples, >= 1000.
@@ -169,6 +170,7 @@ class ModelEvaluator:
         self._likelihood = HuggingFaceLikelihood(loaded.model)
         self._prompts: ChatPrompts | None = None
         self._scores_chrf = False
+        self._decodings: dict[str, Any] = {}
         plain = [name for name in tasks if not is_harness(name)]
         loads = load_tasks(
             plain, task_dir, tokenizer=loaded.tokenizer, max_rows=self._options.max_rows
@@ -180,7 +182,7 @@ class ModelEvaluator:
 
     def _prepare_harness(self, name: str) -> HarnessTask:
         loaded = self._loaded
-        return load_harness(
+        task = load_harness(
             self._task_dir,
             name,
             loaded.tokenizer,
@@ -190,12 +192,16 @@ class ModelEvaluator:
             log_dir=self._log_dir(name),
             log=self._log,
         )
+        self._scores_chrf |= task.scores_chrf
+        return task
 
     def _prepare(self, task: ChatTask | TokenPerplexity) -> PreparedTask:
         if isinstance(task, TokenPerplexity):
             return task
         prompts = self._prompts = self._prompts or ChatPrompts(self._loaded.tokenizer)
         self._scores_chrf |= task.kind == "chrf"
+        if task.decoding is not None:
+            self._decodings[task.name] = asdict(task.decoding)
         if task.kind == "exact" and not self._options.generate_exact:
             return ForcedRecall(task, prompts)
         limit = self._max_new_tokens
@@ -232,6 +238,7 @@ class ModelEvaluator:
             "max_new_tokens": limit if isinstance(limit, int) else dict(limit),
             **asdict(self._options),
             **({"chrf": chrf_signature()} if self._scores_chrf else {}),
+            **({"decoding_of_tasks": self._decodings} if self._decodings else {}),
             "dtype": str(self._loaded.model.dtype).removeprefix("torch."),
         }
 

@@ -1,6 +1,7 @@
 """Tasks on disk: chat questions as JSON lines, token sets for perplexity, both with a hash.
 
-A task folder holds ``NAME.jsonl`` or ``NAME.parquet`` for chat tasks, ``perplexity/NAME/`` token
+A task folder holds ``NAME.jsonl`` or ``NAME.parquet`` for chat tasks (with ``NAME.yaml`` beside it
+where its answers are decoded in a way of their own, see ``decoding``), ``perplexity/NAME/`` token
 sets, ``lm_eval/NAME.yaml`` for tasks of lm-evaluation-harness, and, for code-mixing,
 ``vocabulary.json`` (in the folder or beside it).
 """
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from forgetscale.artifact import canonical_json, hash_bytes
 from forgetscale.errors import DataError
+from forgetscale.evaluation.decoding import TaskDecoding, read_task_decoding
 from forgetscale.evaluation.harness.files import harness_names, is_harness
 from forgetscale.evaluation.ifeval import PUBLISHED_KEYS, require_instruction, row_of_published
 from forgetscale.ops.checks import passes
@@ -73,6 +75,7 @@ class ChatTask:
         task_hash: SHA-256 of the content (rows and, for code-mixing, the words looked for);
             independent of formatting and paths.
         other_words: Words that make an answer mixed, case-folded; empty for other kinds.
+        decoding: How answers are decoded; None leaves it to the evaluation.
     """
 
     name: str
@@ -80,6 +83,7 @@ class ChatTask:
     questions: tuple[Question, ...]
     task_hash: str
     other_words: frozenset[str] = frozenset()
+    decoding: TaskDecoding | None = None
 
 
 def is_perplexity(name: str) -> bool:
@@ -171,8 +175,22 @@ def load_chat_task(task_dir: Path, name: str) -> ChatTask:
         raise DataError(f"{path} holds no rows; a task needs at least one.")
     kind = questions[0].kind
     words = _other_words(Path(task_dir), path, questions) if kind == "code_mixing" else frozenset()
-    digest = hash_bytes(canonical_json({"rows": rows, "other_words": sorted(words)}))
-    return ChatTask(name, kind, tuple(questions), digest, words)
+    decoding, said = _decoding(path.with_suffix(".yaml"), kind)
+    content = {"rows": rows, "other_words": sorted(words), **said}
+    digest = hash_bytes(canonical_json(content))
+    return ChatTask(name, kind, tuple(questions), digest, words, decoding)
+
+
+def _decoding(path: Path, kind: str) -> tuple[TaskDecoding | None, dict[str, Any]]:
+    """Return how a task's answers are decoded, and what of it counts as the task's content."""
+    if not path.is_file():
+        return None, {}
+    if kind == "exact":
+        raise DataError(
+            f"{path}: answers to tasks of kind 'exact' are scored, not decoded; remove the file."
+        )
+    decoding, said = read_task_decoding(path)
+    return decoding, {"decoding": said}
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -40,7 +40,7 @@ def chrf_measures(task: ChatTask, answers: Sequence[str], settings: MeasureSetti
     Returns:
         Results ``chrf++`` and ``chrf++_sentence``, and the score of each answer.
     """
-    metric = _chrf()
+    metric = chrf_metric()
     references = [list(question.answers) for question in task.questions]
     pairs = [(answer.strip(), each) for answer, each in zip(answers, references, strict=True)]
     scores = [float(metric.sentence_score(answer, each).score) for answer, each in pairs]
@@ -49,7 +49,7 @@ def chrf_measures(task: ChatTask, answers: Sequence[str], settings: MeasureSetti
     corpus = float(metric.corpus_score([answer for answer, _ in pairs], columns).score)
     generator = interval_seed(settings.seed, f"{task.name}/sentence")
     mean = bootstrap_mean(np.array(scores), generator, num_resamples=settings.num_resamples)
-    low, high = _corpus_interval(metric, pairs, interval_seed(settings.seed, task.name))
+    low, high = corpus_interval(metric, pairs, interval_seed(settings.seed, task.name))
     return [
         _result(task, "chrf++", Interval(corpus, low, high), len(scores), True),
         _result(task, "chrf++_sentence", mean, len(scores), True),
@@ -64,7 +64,8 @@ def _require_sacrebleu() -> None:
         )
 
 
-def _chrf() -> Any:
+def chrf_metric() -> Any:
+    """Return sacrebleu's chrF++."""
     from sacrebleu.metrics.chrf import CHRF
 
     return CHRF(word_order=2)
@@ -72,13 +73,21 @@ def _chrf() -> Any:
 
 def chrf_signature() -> str:
     """Return sacrebleu's signature of what is computed here."""
-    metric = _chrf()
+    metric = chrf_metric()
     metric.corpus_score(["a"], [["a"]])
     return str(metric.get_signature())
 
 
-def _corpus_interval(metric: Any, pairs: Sequence[Any], generator: Any) -> tuple[float, float]:
-    """Resample sentences: the corpus score is a function of summed statistics."""
+def corpus_interval(
+    metric: Any, pairs: Sequence[tuple[str, Sequence[str]]], generator: np.random.Generator
+) -> tuple[float, float]:
+    """Resample sentences: the corpus score is a function of summed statistics.
+
+    Args:
+        metric: From ``chrf_metric``.
+        pairs: Each answer with its references.
+        generator: Source of the resamples.
+    """
     stats = np.array(
         [
             metric._extract_corpus_statistics([answer], [[r] for r in each])[0]

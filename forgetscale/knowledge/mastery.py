@@ -14,7 +14,8 @@ import torch
 
 from forgetscale.artifact import ArtifactWriter, canonical_json, hash_bytes, write_json
 from forgetscale.errors import DataError
-from forgetscale.evaluation.generate import Decoding, generation_config
+from forgetscale.evaluation.decoding import Decoding
+from forgetscale.evaluation.generate import generation_config
 from forgetscale.evaluation.model import LoadedModel, hash_model, load_model
 from forgetscale.knowledge.facts import IN_DOMAIN, SUBJECT, Fact, Rule, holds_answer
 from forgetscale.knowledge.restore import Place

@@ -15,11 +15,13 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from forgetscale.errors import ConfigError
 from forgetscale.evaluation.collective import Collective
+from forgetscale.evaluation.decoding import Decoding
 from forgetscale.evaluation.forced import pad_right
-from forgetscale.evaluation.generate import Decoding, generation_config, seed_of_batch
+from forgetscale.evaluation.generate import generation_config, seed_of_batch
 from forgetscale.evaluation.likelihood import HuggingFaceLikelihood, LikelihoodModel
 
 
@@ -100,8 +102,6 @@ class FolderBackend:
         """See ``Backend.decode``."""
         if dummy:
             return [[] for _ in rows]
-        from lm_eval.models.utils_hf import stop_sequences_criteria
-
         longest = max(len(row) for row in rows)
         ids = torch.full((len(rows), longest), generation.pad_id, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -122,11 +122,39 @@ class FolderBackend:
                 input_ids=ids.to(self._model.device),
                 attention_mask=mask.to(self._model.device),
                 generation_config=config,
-                stopping_criteria=stop_sequences_criteria(
-                    self._tokenizer, list(generation.until), longest, len(rows)
-                ),
+                stopping_criteria=self._stopping(generation, longest, len(rows)),
             )
         return [_cut(row, generation.stop_ids) for row in whole[:, longest:].tolist()]
+
+    def _stopping(self, generation: Generation, start: int, num_rows: int) -> Any:
+        """Return what ends answers: the harness's rule, or for beams one that sees each alone."""
+        if generation.decoding.beams > 1:
+            return StoppingCriteriaList([_EndsWith(self._tokenizer, generation.until, start)])
+        from lm_eval.models.utils_hf import stop_sequences_criteria
+
+        return stop_sequences_criteria(self._tokenizer, list(generation.until), start, num_rows)
+
+
+class _EndsWith(StoppingCriteria):
+    """Ends a row once its newest token completes one of some texts.
+
+    The harness's rule counts the first rows of a batch and waits for all, which is wrong where
+    rows are beams that change places. No text needs more tokens than it has bytes, so a few at the
+    end of a row are enough to look at.
+    """
+
+    def __init__(self, tokenizer: Any, until: Sequence[str], start: int) -> None:
+        self._tokenizer = tokenizer
+        self._until = [end for end in until if end]
+        self._start = start
+        self._num_tokens = 4 + max((len(end.encode()) for end in self._until), default=0)
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Return which rows have ended."""
+        made = input_ids[:, self._start :][:, -self._num_tokens :]
+        texts = self._tokenizer.batch_decode(made)
+        ended = [any(end in text for end in self._until) for text in texts]
+        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
 
 
 class NextTokenModel(LikelihoodModel, Protocol):
@@ -152,7 +180,7 @@ class LiveBackend:
 
     Decoding goes in lock-step. Each token costs one forward call over the whole text so far (a
     sharded model has no key-value cache here), and no rank stops before all are done: who has
-    finished goes on calling with what it has.
+    finished goes on calling with what it has. ``LiveEvaluator`` refuses tasks with beams.
 
     Args:
         model: The live model.
@@ -241,23 +269,22 @@ def decoding_of(kwargs: dict[str, Any], task: str) -> Decoding:
         task: Task name, for the message.
 
     Raises:
-        ConfigError: A setting is not one that both kinds of model know.
+        ConfigError: A setting is not known.
     """
     samples = bool(kwargs.pop("do_sample", False))
     temperature = float(kwargs.pop("temperature", 0.0))
     top_p, top_k = float(kwargs.pop("top_p", 1.0)), int(kwargs.pop("top_k", 0))
     penalty = float(kwargs.pop("repetition_penalty", 1.0))
-    if kwargs.pop("num_beams", 1) != 1 or kwargs:
-        name = sorted(kwargs)[0] if kwargs else "num_beams"
+    beams = int(kwargs.pop("num_beams", 1))
+    if kwargs:
         raise ConfigError(
-            f"task {task!r}: generation_kwargs names {name!r}, which is not supported; known:"
-            " until, max_gen_toks, do_sample, temperature, top_p, top_k, repetition_penalty."
+            f"task {task!r}: generation_kwargs names {sorted(kwargs)[0]!r}, which is not supported;"
+            " known: until, max_gen_toks, do_sample, temperature, top_p, top_k,"
+            " repetition_penalty, num_beams."
         )
     try:
         if not samples:
-            return Decoding(repetition_penalty=penalty)
-        return Decoding(
-            temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=penalty
-        )
+            return Decoding(repetition_penalty=penalty, beams=beams)
+        return Decoding(temperature, top_p, top_k, penalty, beams)
     except ValueError as error:
         raise ConfigError(f"task {task!r}: {error}.") from error

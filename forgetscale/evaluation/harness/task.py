@@ -24,7 +24,9 @@ from forgetscale.evaluation.collective import Collective
 from forgetscale.evaluation.forced import Measured, MeasureSettings
 from forgetscale.evaluation.harness.backends import Backend
 from forgetscale.evaluation.harness.files import HarnessFile, read_harness_file
+from forgetscale.evaluation.harness.metrics import CORPUS, SENTENCE, register_metrics
 from forgetscale.evaluation.results import Result, SampleRecord
+from forgetscale.evaluation.text_measures import chrf_metric, corpus_interval
 
 FEWSHOT_SEED = 1234
 """The harness's own default seed of few-shot examples."""
@@ -61,6 +63,7 @@ def require_harness() -> None:
     )
     sandbox.filters["regex_replace"] = lm_eval.utils.regex_replace
     lm_eval.utils.env = sandbox
+    register_metrics()
 
 
 class HarnessTask:
@@ -93,6 +96,9 @@ class HarnessTask:
         self.name = file.name
         self.input_hash = file.content_hash
         self.generates = file.generates
+        metrics = {item.get("metric") for item in file.config.get("metric_list") or ()}
+        self.scores_chrf = bool(metrics & {CORPUS, SENTENCE})
+        self.num_beams = (file.config.get("generation_kwargs") or {}).get("num_beams", 1)
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._stop_ids = tuple(stop_ids)
@@ -216,6 +222,11 @@ def _interval(
         )
         turn = _RATIOS[metric]
         return Interval(value, turn(drawn.low), turn(drawn.high))
+    if metric == CORPUS and values:
+        low, high = corpus_interval(
+            chrf_metric(), [(answer, [reference]) for reference, answer in values], generator
+        )
+        return Interval(value, low, high)
     if values and all(isinstance(item, int | float | np.number) for item in values):
         numbers = np.array(values, dtype=np.float64)
         if np.isclose(numbers.mean(), value):

@@ -341,7 +341,8 @@ def test_yaml_tags_repeated_keys_circles_and_unknown_metrics_are_refused(
             read_harness_file(tmp_path, "lm_eval/bad")
     for change, sentence in (
         ({"metric_list": [{"metric": "meteor"}]}, "metric 'meteor' is not one of the harness's"),
-        ({"generation_kwargs": {"until": [], "num_beams": 4}}, "'num_beams', which is not"),
+        ({"generation_kwargs": {"until": [], "num_groups": 4}}, "'num_groups', which is not"),
+        ({"generation_kwargs": {"until": [], "num_beams": 0}}, "beams must be >= 1, got 0"),
     ):
         write_task(tmp_path, "bad", GENERATE | change)
         with pytest.raises(ConfigError, match=sentence):
@@ -361,7 +362,7 @@ def test_a_linked_data_file_outside_is_refused(tmp_path: Path) -> None:
 
 def test_sampling_does_not_depend_on_ranks(model_dir: Path, tmp_path: Path) -> None:
     """Ranks in turn, since threads would share torch's seed."""
-    from forgetscale.evaluation.generate import Decoding
+    from forgetscale.evaluation import Decoding
     from forgetscale.evaluation.harness.backends import FolderBackend, Generation
 
     loaded = load_model(model_dir, dtype="float32", device="cpu")
