@@ -2,9 +2,10 @@
 
 A tiny model on CPU trains 6 steps with a checkpoint every 2. ``SIGKILL`` comes at every labelled
 point of the checkpoint protocol (``forgetscale.points``), at the first and at the second save, and
-at random instants; writes meet ENOSPC, EIO on fsync, short writes, flipped bits; published
-checkpoints are damaged in each kind of file. The next start must use the newest good checkpoint
-and end with the metrics and the exported weights of the uninterrupted run, to the bit.
+at random instants of the steps and saves (their duration is measured first); writes meet ENOSPC,
+EIO on fsync, short writes, flipped bits; published checkpoints are damaged in each kind of file.
+The next start must use the newest good checkpoint and end with the metrics and the exported weights
+of the uninterrupted run, to the bit.
 
     python launch/bench/faults.py                    all; about 10 minutes on two quiet cores
     python launch/bench/faults.py --short            the cases that the usual tests have
@@ -24,9 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from measure import keep  # noqa: E402
 
-from tests.distributed.fault_cases import Case, Row, cases, instants, run_cases  # noqa: E402
+from tests.distributed.fault_cases import (  # noqa: E402
+    Case,
+    Row,
+    cases,
+    instants,
+    loop_seconds,
+    missed,
+    run_cases,
+)
 from tests.distributed.harness import RankServer  # noqa: E402
-from tests.distributed.runs import SSU, Runs  # noqa: E402
+from tests.distributed.runs import Runs  # noqa: E402
 
 HEADER = f"{'what':12} {'where':34} {'file':9} {'action':36} {'exit':>5} {'from':>5}  result"
 
@@ -40,14 +49,6 @@ def line(row: Row) -> str:
         f"{case.group:12} {where:34} {case.file:9} {case.action:36} {row.exit_code:5} {start:>5}"
         f"  {result}"
     )
-
-
-def seconds_of_a_run(ranks: RankServer, runs: Runs) -> float:
-    """Return how long an uninterrupted run takes here."""
-    recipe = runs.recipe("uninterrupted", SSU)
-    begun = time.monotonic()
-    ranks.must("training:command", 1, recipe=recipe)
-    return time.monotonic() - begun
 
 
 def main() -> int:
@@ -65,8 +66,10 @@ def main() -> int:
         try:
             runs = Runs(ranks, Path(scratch))
             wanted: list[Case] = [case for case in cases() if case.short or not options.short]
+            seconds = None
             if not options.short:
-                wanted += instants(options.instants, seconds_of_a_run(ranks, runs), options.seed)
+                seconds = loop_seconds(ranks, runs, options.width)
+                wanted += instants(options.instants, seconds, options.seed)
             begun = time.monotonic()
             print(HEADER, flush=True)
             rows = run_cases(
@@ -80,6 +83,8 @@ def main() -> int:
         "cases": len(rows),
         "groups": dict(Counter(row.case.group for row in rows)),
         "bad": len(bad),
+        "loop_seconds": seconds,
+        "instants_missed": missed(rows),
         "seconds": time.monotonic() - begun,
         "rows": [row.as_json() for row in rows],
     }

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tests.distributed.harness import Job, Outcome, RankServer
-from tests.distributed.jobs import flip_bit
+from tests.distributed.jobs import INSTANT, flip_bit
 from tests.distributed.runs import SSU, Run, Runs, load_weights, read_lines
 
 EXACT = ("step", "loss", "grad_norm", "lr", "target_tokens", "skipped_steps")
@@ -143,10 +143,29 @@ def cases() -> list[Case]:
     return found
 
 
+def loop_seconds(ranks: RankServer, runs: Runs, width: int = 2) -> float:
+    """Return how long all steps and saves take on this machine, ``width`` runs side by side.
+
+    The start of the ranks and the export do not count: they would be most of the time, and a kill
+    there breaks nothing. What is returned is the fastest of six runs.
+    """
+    runs.get(SSU, 1)  # starts the rank server, whose imports must not count either
+    found = []
+    for repeat in range(-(-6 // width)):
+        recipes = [runs.recipe(f"timed-{repeat}-{i}", SSU) for i in range(width)]
+        jobs = [Job("crash:time_loop", {"recipe": recipe}) for recipe in recipes]
+        outcomes = ranks.run_all(jobs)
+        assert all(outcome.codes == [0] for outcome in outcomes), outcomes[0].logs[0][-2000:]
+        found += [outcome.value for outcome in outcomes]
+        for recipe in recipes:
+            shutil.rmtree(recipe["run"]["output_dir"])
+    return min(found)
+
+
 def instants(number: int, seconds: float, seed: int = 0) -> list[Case]:
-    """Return kills at random times of a run that takes about so many seconds."""
+    """Return kills at random times of the steps and saves of a run (``loop_seconds``)."""
     generator = random.Random(seed)
-    times = [generator.uniform(0.02, 1.0) * seconds for _ in range(number)]
+    times = [generator.uniform(0.0, 1.0) * seconds for _ in range(number)]
     return [Case("instant", f"{found:.3f} s", number=i) for i, found in enumerate(times)]
 
 
@@ -205,6 +224,8 @@ class Row:
     resumed_step: int
     end_code: int
     difference: str | None
+    missed: int = 0
+    """Times that a drawn instant came too late and half of it was taken."""
 
     @property
     def problem(self) -> str | None:
@@ -223,7 +244,13 @@ class Row:
         """Return the row for the result file."""
         found = {k: v for k, v in asdict(self.case).items() if k not in ("left", "short")}
         found |= {"exit_code": self.exit_code, "resumed_step": self.resumed_step}
+        found["missed"] = self.missed
         return found | {"bit_equal": self.difference is None, "problem": self.problem}
+
+
+def missed(rows: Sequence[Row]) -> int:
+    """Return how many drawn instants came after the last save, so that an earlier one was taken."""
+    return sum(row.missed > 0 for row in rows)
 
 
 def _seconds(case: Case) -> float:
@@ -232,7 +259,7 @@ def _seconds(case: Case) -> float:
 
 def _crash(case: Case, recipe: dict[str, Any]) -> Job:
     if case.group == "instant":
-        return Job("crash:train_for", {"recipe": recipe, "seconds": _seconds(case)})
+        return Job("crash:train_into_loop", {"recipe": recipe, "seconds": _seconds(case)})
     if case.group == "damage":
         place = {"point": PLACES[0], "number": 6}
         return Job("crash:train_until", {"recipe": recipe, **place})
@@ -244,6 +271,12 @@ def _crash(case: Case, recipe: dict[str, Any]) -> Job:
         return Job("crash:train_with_full_disk", args)
     args = {"recipe": recipe, "label": case.point, "what": case.file, "action": case.action}
     return Job("crash:train_to_point", args | {"number": case.number})
+
+
+def _instant(crash: Outcome) -> str:
+    """Return where the kill at an instant found the run."""
+    said = [line for line in crash.logs[0].splitlines() if line.startswith(INSTANT)]
+    return f"kill after step {said[0].removeprefix(INSTANT)}" if said else "kill"
 
 
 def run_cases(
@@ -261,18 +294,23 @@ def run_cases(
         recipes = [runs.recipe(f"fault-{time.monotonic_ns()}-{i}", SSU) for i in range(len(group))]
         folders = [Path(recipe["run"]["output_dir"]) for recipe in recipes]
         crashes = ranks.run_all([_crash(c, r) for c, r in zip(group, recipes, strict=True)])
+        late = [0] * len(group)
         for i, recipe in enumerate(recipes):
             while group[i].group == "instant" and crashes[i].codes == [0]:
-                shutil.rmtree(folders[i])  # it had ended before; the machine was faster this time
+                shutil.rmtree(folders[i])  # the last save was done before; this run was faster
+                late[i] += 1
                 group[i] = replace(group[i], point=f"{_seconds(group[i]) / 2:.3f} s")
                 crashes[i] = ranks.run_all([_crash(group[i], recipe)])[0]
+            if group[i].group == "instant":
+                group[i] = replace(group[i], action=_instant(crashes[i]))
         for case, folder in zip(group, folders, strict=True):
             if case.group == "damage":
                 damage(case, sorted((folder / "checkpoints").glob("step-*"))[-1])
         ends = ranks.run_all([Job("training:command", {"recipe": recipe}) for recipe in recipes])
-        for case, crash, end, folder in zip(group, crashes, ends, folders, strict=True):
+        done = zip(group, crashes, ends, folders, late, strict=True)
+        for case, crash, end, folder, times in done:
             differs = None if any(end.codes) else difference(folder, whole)
-            row = Row(case, crash.codes[0], resumed_step(end), end.codes[0], differs)
+            row = Row(case, crash.codes[0], resumed_step(end), end.codes[0], differs, times)
             rows.append(row)
             say(row)
             shutil.rmtree(folder)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+INSTANT = "killed after step "
+"""What a rank says that is killed at a random time."""
+
 
 def flip_bit(path: Path) -> None:
     """Change one bit in the middle of a file."""

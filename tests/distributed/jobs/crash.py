@@ -21,13 +21,14 @@ import torch.distributed as dist
 import forgetscale.checkpoint.store as store
 import forgetscale.engine.ladder as ladder
 import forgetscale.engine.loop as loop
+import forgetscale.engine.run as run
 import forgetscale.points as points
 import forgetscale.zero3.shards as shards
 from forgetscale.cli import main
 from forgetscale.data import TokenStream
 from forgetscale.engine.metrics import MetricsLog
 from forgetscale.zero3 import World
-from tests.distributed.jobs import flip_bit
+from tests.distributed.jobs import INSTANT, flip_bit
 from tests.distributed.jobs.training import command
 
 
@@ -218,6 +219,52 @@ def train_for(recipe: dict, seconds: float) -> None:
     timer.start()
     command(recipe)
     timer.cancel()
+
+
+def time_loop(recipe: dict) -> float:
+    """Train; return how long all steps and saves took, without the start and the export."""
+    seconds = []
+
+    def timed(job: loop.Training) -> Any:
+        begun = time.monotonic()
+        state = original(job)
+        seconds.append(time.monotonic() - begun)
+        return state
+
+    original = run.train_loop
+    with mock.patch.object(run, "train_loop", timed):
+        command(recipe)
+    return sum(seconds)
+
+
+def train_into_loop(recipe: dict, seconds: float) -> None:
+    """Train and die some time after the first step began, unless the last save is done by then.
+
+    Says before it dies which step was the last one done and which labelled point was passed last.
+    """
+    last = "no point yet"
+
+    def hook(label: str, path: Path) -> None:
+        nonlocal last
+        last = label
+
+    def timed(job: loop.Training) -> Any:
+        def end() -> None:
+            os.write(1, f"{INSTANT}{job.state.step}, {last}\n".encode())
+            die()
+
+        timer = threading.Timer(seconds, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            return original(job)
+        finally:
+            timer.cancel()
+
+    original = run.train_loop
+    points.set_hook(hook)
+    with mock.patch.object(run, "train_loop", timed):
+        command(recipe)
 
 
 def train_for_and_signal(arguments: list[str], step: int) -> None:
