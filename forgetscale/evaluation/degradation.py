@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 from forgetscale.evaluation.results import Result
+
+_HEADLINES = {"chrf": "chrf++_sentence"}
+"""Kind of task -> the metric a task is known by, where that is not its first."""
 
 
 def ability_name(result: Result) -> str:
@@ -15,9 +18,33 @@ def ability_name(result: Result) -> str:
     return result.task
 
 
+def name_abilities(results: Sequence[Result]) -> dict[str, Result]:
+    """Return results by ability name.
+
+    A task with several metrics is known by one of them, its first unless ``_HEADLINES`` says
+    otherwise; the others are named ``TASK METRIC`` and do not count in averages.
+
+    Args:
+        results: Of one model, each task's in the order they were measured.
+    """
+    heads: dict[str, str] = {}
+    for result in results:
+        if result.metric == _HEADLINES.get(result.kind, result.metric):
+            heads.setdefault(ability_name(result), result.metric)
+    named = {}
+    for result in results:
+        name = ability_name(result)
+        named[name if heads.get(name) == result.metric else f"{name} {result.metric}"] = result
+    return named
+
+
 def is_target(name: str) -> bool:
-    """Return whether an ability belongs to the target language: ``target_*`` or ``*/target*``."""
-    return name.rpartition("/")[2].startswith("target")
+    """Return whether an ability is of the target language: ``target*`` or ``*_target``.
+
+    The folder of a task (``perplexity/target``) and the metric behind it do not matter.
+    """
+    last = name.partition(" ")[0].rpartition("/")[2]
+    return last.startswith("target") or last.endswith("_target")
 
 
 def is_averaged(result: Result) -> bool:
@@ -90,7 +117,11 @@ def relative_degradation(
         change = relative_change(before[name], after[name])
         if change is not None:
             changes[name] = change
-    counted = [changes[name] for name in changes if is_averaged(before[name])]
+    counted = [
+        change
+        for name, change in changes.items()
+        if name == ability_name(before[name]) and is_averaged(before[name])
+    ]
     return (fmean(counted) if counted else None), changes
 
 

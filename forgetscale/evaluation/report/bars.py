@@ -47,8 +47,18 @@ def abilities_plot(data: Mapping[str, Any]) -> str | None:
 
 
 def _panels(summary: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the abilities to draw; bits per byte stand for the perplexity of the same text."""
-    names = list(dict.fromkeys(name for entry in summary for name in entry["abilities"]))
+    """Return the abilities to draw; bits per byte stand for the perplexity of the same text.
+
+    Of a task with several metrics only the one it is known by is drawn.
+    """
+    names = list(
+        dict.fromkeys(
+            name
+            for entry in summary
+            for name, ability in entry["abilities"].items()
+            if not name.endswith(f" {ability['metric']}")
+        )
+    )
     if any(entry["target"] for entry in summary):
         names.append(TARGET)
     return [

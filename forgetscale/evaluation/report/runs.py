@@ -15,7 +15,7 @@ import yaml
 from forgetscale.artifact import read_manifest
 from forgetscale.config import parse_yaml
 from forgetscale.errors import ConfigError, DataError
-from forgetscale.evaluation.degradation import ability_name
+from forgetscale.evaluation.degradation import name_abilities
 from forgetscale.evaluation.drift import Answers, read_answers
 from forgetscale.evaluation.report.text_style import read_style
 from forgetscale.evaluation.results import Result, read_results
@@ -227,8 +227,7 @@ def _read_folder(path: Path) -> tuple[dict[str, Result], dict[str, Any]]:
     """Return the results of a folder by ability name and what made them; empty if there is none."""
     if not path.is_dir():
         return {}, {}
-    results = {ability_name(result): result for result in read_results(path)}
-    return results, read_manifest(path)["made_by"]
+    return name_abilities(read_results(path)), read_manifest(path)["made_by"]
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -254,8 +253,7 @@ def _read_curve(path: Path) -> Iterator[tuple[int, int, dict[str, Result]]]:
         if missing := {"step", "target_tokens", "results"} - set(row):
             raise DataError(f"{path} evaluation {number} lacks {sorted(missing)[0]}.")
         results = [Result.from_json(value, f"{path} line {number}") for value in row["results"]]
-        named = {ability_name(result): result for result in results}
-        points[int(row["step"])] = (int(row["target_tokens"]), named)
+        points[int(row["step"])] = (int(row["target_tokens"]), name_abilities(results))
     for step in sorted(points):
         yield step, *points[step]
 

@@ -4,6 +4,7 @@ from forgetscale.evaluation import Result
 from forgetscale.evaluation.degradation import (
     ability_name,
     is_target,
+    name_abilities,
     relative_change,
     relative_degradation,
 )
@@ -51,6 +52,31 @@ def test_average_leaves_out_target_mixing_and_perplexity() -> None:
     }  # fmt: skip
 
 
+def test_a_task_of_several_metrics_counts_once() -> None:
+    def measured(scale: float) -> dict[str, Result]:
+        return name_abilities(
+            [
+                result("ifeval", 0.6 * scale, metric="prompt_level_strict_acc", kind="ifeval"),
+                result("ifeval", 0.9, metric="inst_level_loose_acc", kind="ifeval"),
+                result("mt", 30.0, metric="chrf++", kind="chrf"),
+                result("mt", 40.0 * scale, metric="chrf++_sentence", kind="chrf"),
+                result("perplexity/source", 5.0, metric="perplexity", higher=False),
+                result("perplexity/source", 2.0, metric="bits_per_byte", higher=False),
+            ]
+        )
+
+    before, after = measured(1.0), measured(0.5)
+    assert before["ifeval"].metric == "prompt_level_strict_acc"
+    assert before["mt"].metric == "chrf++_sentence"
+    assert set(before) == {
+        *("ifeval", "ifeval inst_level_loose_acc", "mt", "mt chrf++"),
+        *("perplexity/source", "bits_per_byte/source"),
+    }
+    average, changes = relative_degradation(before, after)
+    assert average == pytest.approx(-0.5), "the other metrics of a task do not count again"
+    assert changes["mt chrf++"] == 0.0
+
+
 def test_undefined_changes_are_left_out_and_other_contents_refused() -> None:
     assert relative_change(result("a", 0.0), result("a", 0.5)) is None
     assert relative_degradation({"a": result("a", 0.0)}, {"a": result("a", 0.5)}) == (None, {})
@@ -61,4 +87,5 @@ def test_undefined_changes_are_left_out_and_other_contents_refused() -> None:
 def test_target_abilities_are_known_by_name() -> None:
     assert is_target("perplexity/target") and is_target("target_recall")
     assert is_target("bits_per_byte/target")
+    assert is_target("lm_eval/belebele_target") and is_target("lm_eval/target_to_source chrf++")
     assert not is_target("recall") and not is_target("perplexity/source")
