@@ -26,17 +26,24 @@ if [ "${#arguments[@]}" -eq 0 ]; then
   mypy forgetscale data_prep
   echo "== layers"
   lint-imports
-  # Two halves side by side: the unit tests keep one core busy, the others wait a lot.
-  unit_log="$(mktemp)"
+  # Three parts side by side: starting ranks and jobs waits a lot.
+  logs="$(mktemp -d)"
+  pids=()
+  trap 'kill "${pids[@]}" 2>/dev/null || true; rm -rf "$logs"' EXIT
+  "$PYTHON" -m pytest "${selection[@]}" tests/unit tests/contract > "$logs/first" 2>&1 &
+  pids+=($!)
+  "$PYTHON" -m pytest "${selection[@]}" tests/cluster tests/parity > "$logs/second" 2>&1 &
+  pids+=($!)
   status=0
-  "$PYTHON" -m pytest "${selection[@]}" tests/unit > "$unit_log" 2>&1 &
-  unit=$!
-  trap 'kill "$unit" 2>/dev/null || true; rm -f "$unit_log"' EXIT
-  echo "== tests on several processes and nodes, against references, of every method"
-  "$PYTHON" -m pytest "${selection[@]}" --ignore tests/unit || status=$?
-  echo "== unit tests"
-  wait "$unit" || status=$?
-  cat "$unit_log"
+  echo "== tests on several processes"
+  "$PYTHON" -m pytest "${selection[@]}" --ignore tests/unit --ignore tests/contract \
+    --ignore tests/cluster --ignore tests/parity || status=$?
+  echo "== unit tests, and what every method must keep"
+  wait "${pids[0]}" || status=$?
+  cat "$logs/first"
+  echo "== jobs on SLURM, and runs against dense references"
+  wait "${pids[1]}" || status=$?
+  cat "$logs/second"
   exit "$status"
 fi
 exec "$PYTHON" -m pytest "${selection[@]}" "${arguments[@]}"

@@ -97,6 +97,21 @@ DRAWS = {"hft", "s2ft"}
 """Methods whose plan is drawn by ``run.seed``; other plans are measured."""
 MOVES = {"gmt": 0.8, "gmt_official": 0.8}
 """Share of elements that moved at all, where each step moves some; else nearly all."""
+THIN = {
+    "olora",
+    "clora",
+    "oplora",
+    "asft_lora",
+    "salora",
+    "lora_null",
+    "ewc_lora",
+    "l2_sp_lora",
+}
+"""Methods on the same thin layers as ``alignguard_lora``: three ranks are a long test for them."""
+WITH_THREE = [
+    pytest.param(name, 3, marks=[pytest.mark.long] if name in THIN else [])
+    for name in sorted(METHODS)
+]
 ENDS = ("model.embed_tokens", "lm_head")
 EXACT = ("step", "loss", "grad_norm", "lr", "target_tokens")
 
@@ -127,7 +142,7 @@ def exact(path) -> list[tuple]:
     return [tuple(line[key] for key in EXACT) for line in read_lines(path / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("method", "size"), [*((m, 2) for m in sorted(METHODS)), *WITH_THREE])
 def test_one_rank_equals_many(runs: Runs, method: str, size: int):
     one, many = (get(runs, method, n) for n in (1, size))
     assert many.losses == pytest.approx(one.losses, rel=2e-6)
@@ -161,7 +176,7 @@ def test_stop_and_resume_is_bit_equal(ranks: RankServer, runs: Runs, method: str
     assert all(torch.equal(found[name], weight) for name, weight in whole.export.items())
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(("method", "size"), [*((m, 1) for m in sorted(METHODS)), *WITH_THREE])
 def test_frozen_bits_with_decay(runs: Runs, method: str, size: int):
     run = get(runs, method, size)
     assert run.recipe["optim"]["weight_decay"] > 0

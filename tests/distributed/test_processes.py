@@ -76,9 +76,10 @@ def test_a_rank_that_dies_stops_all(launched):
 
     def running() -> bool:
         assert process.poll() is None, (folder.parent / "launched.out").read_text()[-3000:]
-        return metrics.is_file() and len(metrics.read_text().splitlines()) >= 3
+        published = any(folder.glob("checkpoints/step-*/manifest.json"))
+        return published and len(metrics.read_text().splitlines()) >= 3
 
-    wait_until(running, "three steps")
+    wait_until(running, "three steps and a checkpoint, which is written beside them")
     children = descendants(process)
     ranks = [p for p in children if "--local_rank=1" in p.cmdline()]
     assert ranks, [p.cmdline() for p in children]

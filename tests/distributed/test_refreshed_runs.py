@@ -42,11 +42,18 @@ def basis_of(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("left", "mask", "ewc_lora"),
+        pytest.param("vector", marks=pytest.mark.long),
+        pytest.param("two_sided lora", marks=pytest.mark.long),
+    ],
+)
 def test_any_number_of_ranks(runs: Runs, name: str):
     method, adapter = METHODS[name]
     more = {"adapter": adapter} if adapter else {}
-    sizes = (1, 2, 3) if name in ("left", "ewc_lora") else (1, 2)
+    sizes = (1, 2, 3) if name == "left" else (1, 2)
     one, *others = (runs.get(method, size, **more) for size in sizes)
     still = runs.get({**method, "refresh": None}, 1, **more)
     assert one.losses[:2] == still.losses[:2], "nothing is measured again before step 2"
@@ -62,7 +69,7 @@ def test_any_number_of_ranks(runs: Runs, name: str):
     assert kept == ["step-00000002", "step-00000004"]
 
 
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_it_is_measured_at_the_live_weights(ranks: RankServer, runs: Runs, tmp_path, adapter: bool):
     """Export the weights of the refresh, calibrate them as a model of their own, take the mean."""
     method = method_of("alignguard_lora", strength=2.0) if adapter else LEFT
@@ -96,7 +103,7 @@ def test_it_is_measured_at_the_live_weights(ranks: RankServer, runs: Runs, tmp_p
     assert torch.allclose(span @ (span.t() @ old), old, atol=1e-5), "the first span stays"
 
 
-@pytest.mark.parametrize("name", ["left", "ewc_lora"])
+@pytest.mark.parametrize("name", ["left", pytest.param("ewc_lora", marks=pytest.mark.long)])
 def test_stop_and_resume_is_bit_equal(ranks: RankServer, runs: Runs, name: str):
     method, adapter = METHODS[name]
     changes = {"adapter": adapter} if adapter else {}
