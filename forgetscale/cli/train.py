@@ -166,7 +166,7 @@ def measure_folder(
     assert config.task_dir is not None
     collective = ProcessGroupCollective()
     known = collective.rank == 0 and results_match(
-        output, model, config.tasks, config.task_dir, config.max_new_tokens
+        output, model, config.tasks, config.task_dir, config.max_new_tokens, seed
     )
     if collective.gather_objects(known)[0]:
         log(f"evaluation in {output} is up to date")

@@ -23,11 +23,17 @@ def is_live_task(name: str, task_dir: Path) -> bool:
 
 
 def results_match(
-    output_dir: Path, model_dir: Path, tasks: Sequence[str], task_dir: Path, max_new_tokens: int
+    output_dir: Path,
+    model_dir: Path,
+    tasks: Sequence[str],
+    task_dir: Path,
+    max_new_tokens: int,
+    seed: int,
 ) -> bool:
     """Return whether ``output_dir`` holds the results of these tasks on this model.
 
-    Batch size and number of ranks do not change results and are not compared.
+    Batch size and number of ranks do not change results and are not compared (what is sampled does
+    depend on the batch size, by no more than on the seed).
 
     Args:
         output_dir: Result folder; it need not exist.
@@ -35,13 +41,15 @@ def results_match(
         tasks: Task names.
         task_dir: Folder of tasks.
         max_new_tokens: Longest answer.
+        seed: Seed of sampling and intervals.
     """
     try:
         manifest = read_manifest(output_dir, RESULT_KIND)
     except DataError:
         return False
     inputs = dict(manifest["inputs"])
-    if manifest["payload"]["settings"]["max_new_tokens"] != max_new_tokens:
+    settings = manifest["payload"]["settings"]
+    if (settings.get("max_new_tokens"), settings.get("seed")) != (max_new_tokens, seed):
         return False
     expected = {name: task_input_hash(name, task_dir) for name in tasks}
     if set(inputs) != {*expected, "model"}:

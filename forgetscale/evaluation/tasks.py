@@ -152,6 +152,7 @@ def load_chat_task(task_dir: Path, name: str) -> ChatTask:
     path = columns if columns.is_file() else path
     if not path.is_file():
         raise DataError(f"{path} does not exist; check the name of the task.")
+    _require_inside(Path(task_dir), path)
     questions: list[Question] = []
     rows: list[Any] = []
     seen: dict[str, int] = {}
@@ -185,12 +186,22 @@ def _decoding(path: Path, kind: str) -> tuple[TaskDecoding | None, dict[str, Any
     """Return how a task's answers are decoded, and what of it counts as the task's content."""
     if not path.is_file():
         return None, {}
+    _require_inside(path.parent, path)
     if kind == "exact":
         raise DataError(
             f"{path}: answers to tasks of kind 'exact' are scored, not decoded; remove the file."
         )
     decoding, said = read_task_decoding(path)
     return decoding, {"decoding": said}
+
+
+def _require_inside(task_dir: Path, path: Path) -> None:
+    """Refuse a file that a link puts outside the folder of tasks."""
+    if not path.resolve().is_relative_to(task_dir.resolve()):
+        raise DataError(
+            f"{path} leads to {path.resolve()}, which lies outside the folder of tasks; copy the"
+            " file there."
+        )
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,5 +1,5 @@
-"""The retention report: what runs gained and what they forgot, as a page and as JSON."""
+"""Pages of results: retention of runs, and evaluated models side by side."""
 
-from forgetscale.evaluation.report.build import build_report
+from forgetscale.evaluation.report.build import build_models_report, build_report
 
-__all__ = ["build_report"]
+__all__ = ["build_models_report", "build_report"]

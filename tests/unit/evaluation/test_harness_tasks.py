@@ -140,7 +140,8 @@ def test_results_are_those_of_the_harness(
     directions = {item.metric: item.higher_is_better for item in results}
     assert directions["acc"] and not directions["bits_per_byte"]
     assert not list(tmp_path.glob(".out.asked")), "what was kept goes when all is published"
-    assert results_match(tmp_path / "out", model_dir, NAMES, harness_dir, 64)
+    assert results_match(tmp_path / "out", model_dir, NAMES, harness_dir, 64, seed=0)
+    assert not results_match(tmp_path / "out", model_dir, NAMES, harness_dir, 64, seed=1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])

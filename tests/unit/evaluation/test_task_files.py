@@ -90,6 +90,29 @@ def test_code_mixing_needs_words_and_takes_shared_ones_out(tmp_path: Path) -> No
     assert changed.task_hash != task.task_hash
 
 
+def test_nothing_outside_the_folder_is_read(tmp_path: Path) -> None:
+    tasks, elsewhere = tmp_path / "tasks", tmp_path / "elsewhere"
+    tasks.mkdir()
+    elsewhere.mkdir()
+    write(elsewhere / "recall.jsonl", GOOD)
+    with pytest.raises(DataError, match="holds no task '../elsewhere/recall'"):
+        check_task_names(["../elsewhere/recall"], tasks)
+    (tasks / "recall.jsonl").symlink_to(elsewhere / "recall.jsonl")
+    with pytest.raises(DataError, match="recall.jsonl leads to .* outside the folder of tasks"):
+        load_chat_task(tasks, "recall")
+    refusal = {**GOOD, "kind": "refusal", "meta": {"refusals": ["no"]}}
+    write(tasks / "refused.jsonl", refusal)
+    (elsewhere / "refused.yaml").write_text("beams: 2\n")
+    (tasks / "refused.yaml").symlink_to(elsewhere / "refused.yaml")
+    with pytest.raises(DataError, match="refused.yaml leads to .* outside the folder of tasks"):
+        load_chat_task(tasks, "refused")
+    words = {"kind": "code_mixing", "meta": {"other_words": "../elsewhere/words.json"}}
+    (elsewhere / "words.json").write_text(json.dumps({"target_words": ["x"]}))
+    write(tasks / "mixed.jsonl", {**GOOD, **words})
+    with pytest.raises(DataError, match="other_words names .* outside the folder of"):
+        load_chat_task(tasks, "mixed")
+
+
 def test_unknown_tasks_are_refused_with_the_nearest(task_dir: Path) -> None:
     assert "perplexity/source" in available_tasks(task_dir)
     with pytest.raises(DataError, match="no task 'recal'.*nearest: 'recall'"):
