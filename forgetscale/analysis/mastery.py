@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,12 @@ def add_arguments(parser: Any) -> None:
     add("--in-domain", nargs="+", default=IN_DOMAIN, metavar="R",
         help="relations of the in-domain split (default: those about places)")  # fmt: skip
     add("--sample-seed", type=int, default=0, metavar="N", help="of sampling")
-    add("--sample-batch", type=int, default=16, metavar="N", help="openings at once")
+    add("--sample-batch", type=int, default=16, metavar="N",
+        help="continuations written at once by a process (default: 16, at least 4)")  # fmt: skip
+    add("--stop-newline", action="store_true", help="a line break ends a continuation")
+    add("--rank-candidates", type=int, default=32, metavar="N",
+        help="answers of the relation among which the right one is ranked; 0: none"
+        " (default: 32)")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
@@ -55,6 +61,10 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(
             "--samples, --sample-tokens and --sample-batch must be >= 1 and --temperature > 0."
         )
+    if options.rank_candidates < 0 or options.rank_candidates == 1:
+        raise ConfigError(
+            f"--rank-candidates {options.rank_candidates} must be 0 (no ranks) or >= 2."
+        )
     if options.facts.is_dir():
         facts = read_entity_questions(options.facts, options.split)
     else:
@@ -69,12 +79,29 @@ def run(options: argparse.Namespace) -> None:
         fold_case=not options.match_case,
         seed=options.sample_seed,
         batch_size=options.sample_batch,
+        stop_newline=options.stop_newline,
+        rank_candidates=options.rank_candidates,
     )
     options.workers = options.workers or 1  # each holds a whole model
     place = read_place(options)
     summary = probe_mastery(probe, facts, templates, place, options.in_domain)
     for name in ("all", "in_domain", "out_of_domain"):
         if name in summary:
-            found = summary[name]
-            print(f"{name}: groups {found['groups']}, hit rate {found['micro']:.4f} over facts,"
-                  f" {found['macro']:.4f} over relations")  # fmt: skip
+            print(f"{name}: {_described(summary[name])}")
+
+
+def _described(found: Mapping[str, Any]) -> str:
+    """Return the main numbers of a set of facts in a line."""
+    text = (
+        f"groups {found['groups']}, hit rate {found['micro']:.4f} over facts,"
+        f" {found['macro']:.4f} over relations; in the format of an answer"
+        f" {found['format_following']['micro']:.4f} of continuations"
+    )
+    if "ranks" in found:
+        ranks = found["ranks"]
+        text += (
+            f"; the answer's median rank {ranks['answer_ranks']['median']:g} of"
+            f" {ranks['mean_candidates']:.1f}, its first token's"
+            f" {ranks['first_token_ranks']['median']:g} in the vocabulary"
+        )
+    return text

@@ -113,7 +113,7 @@ class KnowledgeWorld(WorldFolder):
         arguments += ["--facts", str(self.world / "facts.jsonl")]
         arguments += ["--templates", str(self.world / "openings.json"), "--in-domain", *inside]
         arguments += ["--samples", str(SAMPLES), "--sample-tokens", "6", "--sample-batch", "80"]
-        arguments += ["--match-case", "--sample-seed", str(self.seed)]
+        arguments += ["--match-case", "--sample-seed", str(self.seed), "--rank-candidates", "0"]
         self.run("probe mastery", forgetscale_command(arguments, 1))
 
     def _facts(self) -> list[Row]:

@@ -31,7 +31,7 @@ from forgetscale.knowledge.delta_page import render
 from forgetscale.knowledge.edits import decimal
 from forgetscale.knowledge.restore import Place
 from forgetscale.knowledge.setup import Request, Setup, cached_setup, forget_setup, open_setup
-from forgetscale.knowledge.work import Crew, Results
+from forgetscale.knowledge.work import Crew, Results, until_published
 from forgetscale.masks.radix import locate
 
 JSON_NAME, HTML_NAME = "delta.json", "delta.html"
@@ -153,7 +153,11 @@ def analyse_delta(
         raise DataError(f"{place.output} exists already; name another --output or remove it.")
     digest = request.digest()
     work = place.output.with_name(f".{place.output.name}.work-{digest[:12]}")
-    with Crew(work, place.rank, place.size, place.workers, place.visible) as crew:
+    data: dict[str, Any] = {}
+    with (
+        until_published(page, place.rank),
+        Crew(work, place.rank, place.size, place.workers, place.visible) as crew,
+    ):
         data = _collect(request, setup, crew, null_elements, null_seed)
         if place.rank == 0:
             place.output.mkdir(parents=True, exist_ok=True)
@@ -163,7 +167,7 @@ def analyse_delta(
             temporary.replace(page)
     if place.rank == 0:
         shutil.rmtree(work)
-    log(data["verdict"]["sentence"])
+        log(data["verdict"]["sentence"])
     return page
 
 

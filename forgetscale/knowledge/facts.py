@@ -158,6 +158,39 @@ def read_templates(path: Path, facts: Sequence[Fact]) -> dict[str, list[str]]:
     return found
 
 
+_END = re.compile(r"[.!?](?=\s|$)|\n")
+
+
+def follows_format(text: str, opening: str, subject: str, *, stopped: bool) -> bool:
+    """Say whether a continuation is an answer at all, right or wrong.
+
+    The answer is the text up to the first line break, full stop, exclamation or question mark
+    (before white space or the end), or the end that the model set itself. It follows the format if
+
+    1. there is such an end: the text was not cut in the middle of its first sentence;
+    2. it holds a letter or digit;
+    3. it does not say the question again: neither does it hold the opening, nor is it the subject
+       alone.
+
+    Args:
+        text: A continuation, special tokens removed.
+        opening: What it continues.
+        subject: Subject of the fact.
+        stopped: Whether the model ended it by itself.
+
+    Source:
+        our rule; the paper (arXiv:2509.16596) does not separate wrong answers from no answers.
+    """
+    end = _END.search(text.lstrip())
+    if end is None and not stopped:
+        return False
+    answer = normalise(text.lstrip()[: end.start() if end else None], fold_case=True)
+    if not re.search(r"\w", answer):
+        return False
+    said = normalise(opening, fold_case=True)
+    return said not in answer and answer != normalise(subject, fold_case=True)
+
+
 def normalise(text: str, *, fold_case: bool) -> str:
     """Return text in one Unicode form, with single spaces, and without case if asked."""
     text = " ".join(unicodedata.normalize("NFKC", text).split())

@@ -27,7 +27,7 @@ from forgetscale.knowledge.kl_logits import (
     streamed_logits,
 )
 from forgetscale.knowledge.restore import Place
-from forgetscale.knowledge.work import Crew
+from forgetscale.knowledge.work import Crew, until_published
 from forgetscale.ops.knowledge import (
     Direction,
     TopOf,
@@ -204,7 +204,11 @@ def compare_tokens(
     if place.rank == 0:
         log(holding.described())
     count = -(-len(items) // holding.part)
-    with Crew(work, place.rank, place.size, place.workers, place.visible) as crew:
+    summary: dict[str, Any] = {}
+    with (
+        until_published(place.output, place.rank),
+        Crew(work, place.rank, place.size, place.workers, place.visible) as crew,
+    ):
         results = crew.run("token-kl", token_kl_part, count, (comparison, items, holding))
         values = np.concatenate([arrays["values"] for arrays in results])
         summary = summarise(values, items, seed)

@@ -57,6 +57,21 @@ def load_arrays(path: Path) -> Arrays:
         return {str(name): file[f"a{index}"] for index, name in enumerate(file["names"])}
 
 
+@contextlib.contextmanager
+def until_published(result: Path, rank: int) -> Iterator[None]:
+    """Let a rank end quietly that finds the work folder gone because rank 0 has published.
+
+    Args:
+        result: What rank 0 publishes before it removes the work folder.
+        rank: This rank.
+    """
+    try:
+        yield
+    except OSError:
+        if rank == 0 or not result.exists():
+            raise
+
+
 class Results:
     """Results of a finished stage, read one part at a time, in order."""
 
@@ -139,9 +154,11 @@ class Crew:
         """Stop the processes; tell other ranks of a failure."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-        if isinstance(value, ForgetScaleError | OSError) and self.size > 1:
+        if isinstance(value, Exception) and self.size > 1:
+            known = isinstance(value, ForgetScaleError | OSError)
             with contextlib.suppress(OSError):  # the failure itself may be a full disk
-                self._failed(self.rank).write_text(str(value), encoding="utf-8")
+                text = str(value) if known else repr(value)
+                self._failed(self.rank).write_text(text, encoding="utf-8")
         if self._lock is not None:
             self._lock.close()
 
@@ -180,6 +197,25 @@ class Crew:
         fsync_path(folder)
         self.seconds[stage] = time.monotonic() - start
         return Results(folder, count)
+
+    def everyone(self, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        """Let every process of this rank do the same work, which they divide by themselves.
+
+        Args:
+            work: Importable function of (*arguments, visible); one process shows progress.
+            arguments: Same for all.
+        """
+        if self._pool is None:
+            work(*arguments, visible=self.visible)
+            return
+        waiting: set[Future[None]] = {
+            self._pool.submit(work, *arguments, visible=self.visible and number == 0)
+            for number in range(self.workers)
+        }
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
 
     def _done(self, folder: Path) -> int:
         return sum(name.startswith("part-") for name in os.listdir(folder))

@@ -1,4 +1,4 @@
-"""Facts, matching rules, groups and summaries; the probe on a tiny model."""
+"""Facts, matching rules, groups and summaries."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from forgetscale.cli import main
 from forgetscale.errors import ConfigError, DataError
+from forgetscale.knowledge.continuations import Continuation
 from forgetscale.knowledge.facts import (
     Fact,
+    follows_format,
     holds_answer,
     read_entity_questions,
     read_facts,
     read_templates,
 )
 from forgetscale.knowledge.mastery import Probe, grade, summarise
-from tests.distributed import tiny
 
 USA = Fact("1", "New York", "P17", ("United States of America", "USA", "United States"))
+OPENINGS = ["New York is in", "The country of New York is", "New York lies in"]
 TEXTS = [
     ["the United States of America, in", "Canada", "USA.", "United States"],
     ["Ohio", "the state of Ohio", "USA", "Ohio, USA"],
@@ -29,10 +30,42 @@ TEXTS = [
 
 @pytest.mark.parametrize("rule", ["words", "substring"])
 def test_the_worked_fact(rule):
-    found = grade(USA, TEXTS, Probe(Path("m"), rule=rule))
+    samples = [[Continuation(text, True) for text in own] for own in TEXTS]
+    found = grade(USA, OPENINGS, samples, Probe(Path("m"), rule=rule))
     assert found["hits"] == [3, 2, 1] and found["total"] == 12 and found["group"] == 2
-    found = grade(USA, TEXTS, Probe(Path("m"), rule=rule, fold_case=False))
+    assert found["follow_count"] == 12 and found["follow_hit_count"] == 6
+    found = grade(USA, OPENINGS, samples, Probe(Path("m"), rule=rule, fold_case=False))
     assert found["hit_count"] == 5 and found["group"] == 2
+    cut = [[Continuation(text, text != "USA.") for text in own] for own in TEXTS]
+    cut[1] = [Continuation(item.text, False) for item in cut[1]]
+    found = grade(USA, OPENINGS, cut, Probe(Path("m"), rule=rule))
+    assert found["followed"] == [4, 0, 4], "a full stop ends an answer as well as the model"
+    assert found["hit_count"] == 6 and found["follow_hit_count"] == 4
+
+
+@pytest.mark.parametrize(
+    "text, stopped, follows",
+    [
+        (" Paris", True, True),
+        (" Paris", False, False),
+        (" Paris.", False, True),
+        (" Paris. It is", False, True),
+        (" Paris\nThe capital", False, True),
+        ("\n\nParis is the", False, False),
+        ("\n\nParis is the\n", False, True),
+        (" 3.5 million people and", False, False),
+        ("", True, False),
+        (" ...", True, False),
+        (" . Paris.", True, False),
+        (" France", True, False),
+        (" FRANCE, of course", True, True),
+        (" Paris. The capital of France is", False, True),
+        (" the capital of  France is Paris.", False, False),
+    ],
+)
+def test_what_an_answer_looks_like(text: str, stopped: bool, follows: bool):
+    opening = "The capital of France is"
+    assert follows_format(text, opening, "France", stopped=stopped) is follows
 
 
 @pytest.mark.parametrize(
@@ -91,37 +124,29 @@ def test_summaries():
         {"relation": "P17", "hit_count": 0, "total": 10, "group": 0},
         {"relation": "P50", "hit_count": 2, "total": 10, "group": 1},
     ]
+    counts = [(8, 8), (3, 0), (1, 1)]
+    for row, (followed, right) in zip(rows, counts, strict=True):
+        row |= {"follow_count": followed, "follow_hit_count": right}
     found = summarise(rows, ["P17"])
     assert found["all"]["groups"] == [1, 1, 0, 0, 1]
     assert found["all"]["micro"] == pytest.approx(0.4)
     assert found["all"]["macro"] == pytest.approx(0.35)
     assert found["in_domain"]["facts"] == 2 and found["out_of_domain"]["micro"] == 0.2
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_model(tmp_path_factory.mktemp("m") / "model")
-
-
-def test_the_probe(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    # the answer of the first fact is every word, of the second none
-    words = [f"w{i}" for i in range(3, tiny.VOCAB_SIZE)]
-    rows = [
-        {"subject": "w5", "relation": "r", "object": "w3", "aliases": words},
-        {"subject": "w6", "relation": "r", "object": "nothing"},
-    ]
-    facts, templates = tmp_path / "facts.jsonl", tmp_path / "templates.json"
-    facts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    templates.write_text(json.dumps({"r": ["w7 [X] w8", "[X] w9 w10"]}))
-    options = ["--facts", facts, "--templates", templates, "--samples", 3, "--sample-tokens", 4]
-    given = ["analyze", "--mastery", "--model", model, *options, "--workers", 1]
-    for name in ("a", "b"):
-        assert main(list(map(str, [*given, "--output", tmp_path / name]))) == 0
-    lines = (tmp_path / "a" / "facts.jsonl").read_text()
-    assert lines == (tmp_path / "b" / "facts.jsonl").read_text()
-    found = [json.loads(line) for line in lines.splitlines()]
-    assert [row["total"] for row in found] == [6, 6]
-    assert found[0]["hit_count"] >= 4 and found[1]["group"] == 0
-    assert "groups [1, 0, 0, 0, 1]" in capsys.readouterr().out
-    assert len({text for samples in found[0]["texts"] for text in samples}) > 1
-    assert main(list(map(str, [*given, "--output", tmp_path / "a"]))) == 2
+    formed = found["all"]["format_following"]
+    assert formed["micro"] == pytest.approx(0.4)
+    assert formed["macro"] == pytest.approx((0.55 + 0.1) / 2)
+    assert formed["by_group"] == [pytest.approx(0.3), pytest.approx(0.1), None, None, 0.8]
+    assert found["all"]["hit_rate_in_format"] == pytest.approx(9 / 12)
+    assert {name: row["domain"] for name, row in found["relations"].items()} == {
+        "P17": "in",
+        "P50": "out",
+    }
+    assert "ranks" not in found["all"]
+    for row, first in zip(rows, (1.0, 4.0, 2.5), strict=True):
+        row |= {"first_token_ranks": [first, 1.0], "answer_ranks": [2.0, 1.0], "candidates": 3}
+    ranks = summarise(rows, ["P17"])["all"]["ranks"]
+    assert ranks["first_token_ranks"]["median"] == 1.0
+    assert ranks["first_token_ranks"]["mean_reciprocal"] == pytest.approx((4 + 0.25 + 0.4) / 6)
+    assert ranks["answer_ranks"] == {"median": 1.5, "mean_reciprocal": 0.75}
+    assert ranks["mean_candidates"] == 3 and ranks["by_group"][2] is None
+    assert ranks["by_group"][1]["first_token_ranks"]["median"] == 1.75
