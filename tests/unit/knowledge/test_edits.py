@@ -198,6 +198,14 @@ def test_names_and_shapes_that_differ(tmp_path: Path, capsys):
         assert message in refused(capsys, root, *pair, root / "out", "--fraction", "0.2")
 
 
+def test_integers_on_one_side_only(tmp_path: Path, capsys):
+    packed = source_tensors() | {UP.replace("__", "."): torch.zeros(31, 12, dtype=torch.int64)}
+    source = write_folder(tmp_path / "source", packed)
+    tuned = write_folder(tmp_path / "tuned", tuned_tensors(source_tensors()))
+    error = refused(capsys, tmp_path, source, tuned, tmp_path / "out", "--fraction", "0.2")
+    assert "is BF16, but I64 in the source model; both must hold plain floats" in error
+
+
 def test_a_resized_vocabulary(tmp_path: Path, capsys):
     torch.manual_seed(4)
     more = torch.randn(29, 12).bfloat16()

@@ -77,6 +77,45 @@ def test_a_full_sort_agrees(pair, tmp_path: Path, kind: str, side: str):
         assert manifest["payload"]["dropped"] == math.floor(Fraction(fraction) * total)
 
 
+def changed_by(kind: str, value: torch.Tensor) -> torch.Tensor:
+    """Return the change of a tensor; fp32, so that sums with zero are exact."""
+    step = torch.randn(value.shape)
+    return {
+        "random": 1e-3 * step,
+        "none": torch.zeros_like(step),
+        "few": torch.where(step > 1.5, step, 0.0),
+        "constant": torch.full_like(step, 2.0**-9),
+        "ties": torch.round(step),
+        "denormal": step * 1e-41,
+    }[kind]
+
+
+@pytest.mark.parametrize("score", ["relative", "absolute"])
+@pytest.mark.parametrize("kind", ["random", "none", "few", "constant", "ties", "denormal"])
+def test_one_element_and_all_but_one(tmp_path: Path, kind: str, score: str):
+    """The ends of the range, on changes that are hard to rank; the source is zero in places."""
+    torch.manual_seed(11)
+    source, tuned = {}, {}
+    for name, shape in SHAPES.items():
+        zero = kind == "denormal" or torch.rand(shape) < 0.3
+        source[name] = torch.where(torch.as_tensor(zero), 0.0, torch.randint(1, 4, shape).float())
+        tuned[name] = source[name] + changed_by(kind, source[name])
+    folders = write_folder(tmp_path / "s", source), write_folder(tmp_path / "t", tuned)
+    total = sum(source[name].numel() for name in REGION)
+    # the decimal just above k / N, so that floor(N * fraction) is k
+    fractions = [f"{math.ceil(k / total * 1e9) / 1e9:.9f}" for k in (1, total - 1, total)]
+    assert restore(*folders, tmp_path / "o", "--score", score, "--fraction", *fractions) == 0
+    outputs = sorted((tmp_path / "o").iterdir(), key=lambda path: float(path.name.split("-")[1]))
+    counts = []
+    for output, fraction in zip(outputs, fractions, strict=True):
+        found = read_folder(output)
+        wanted = tuned | expected(score, "top", fraction, source, tuned, REGION)
+        for name, value in wanted.items():
+            assert torch.equal(found[name].view(torch.int32), value.view(torch.int32)), name
+        counts.append(verify_artifact(output, "model_edit")["payload"]["dropped"])
+    assert counts == [1, total - 1, total]
+
+
 @pytest.mark.parametrize("scope", ["tensor", "layer", "module"])
 def test_other_scopes(pair, tmp_path: Path, scope: str):
     assert restore(*pair, tmp_path / "out", "--scope", scope, "--fraction", "0.25") == 0
@@ -143,18 +182,18 @@ def test_parts_and_blocks_do_not_matter(
 def test_workers_and_ranks_write_the_same_bytes(
     pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """One process, two and three workers, and three ranks that share nothing but the folder."""
+    """One process, 2, 3 and 8 workers, and three ranks that share nothing but the folder."""
     monkeypatch.setattr(command, "Request", lambda **given: Request(**given, part=600, block=200))
     options = ("--fraction", "0.2", "--controls")
     assert restore(*pair, tmp_path / "one", *options) == 0
-    for workers in (2, 3):
+    for workers in (2, 3, 8):
         assert restore(*pair, tmp_path / f"{workers}", *options, "--workers", workers) == 0
     with ThreadPoolExecutor(3) as pool:
         ranks = [("--rank", rank, "--world-size", 3) for rank in range(3)]
         done = [pool.submit(restore, *pair, tmp_path / "r", *options, *rank) for rank in ranks]
         assert [future.result() for future in done] == [0, 0, 0]
     for folder in (tmp_path / "one").iterdir():
-        for other in ("2", "3", "r"):
+        for other in ("2", "3", "8", "r"):
             assert weight_hashes(folder) == weight_hashes(tmp_path / other / folder.name)
 
 
