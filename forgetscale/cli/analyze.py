@@ -27,7 +27,7 @@ EXAMPLES = """examples:
   forgetscale analyze --mastery --model base --facts facts.jsonl --templates templates.json \
       --output runs/mastery
   forgetscale analyze --token-kl --source base --tuned runs/a/export --prompts prompts.jsonl \
-      --answer-tokens all --output runs/a-kl
+      --answer-tokens all --output runs/a-kl                     two 13B models: --memory stream
 
 The same --cache-logits command goes on where it was stopped.
 """

@@ -21,6 +21,7 @@ from forgetscale.checkpoint.snapshot import free_host_memory
 from forgetscale.errors import DataError
 from forgetscale.evaluation.model import LoadedModel, load_model
 from forgetscale.generation.leases import create_whole
+from forgetscale.generation.loading import default_device
 from forgetscale.models import load_tokenizer, read_model_config
 from forgetscale.models.raw import RawFolder
 from forgetscale.models.streamed import STREAMED_KINDS, StreamedModel, require_streamable
@@ -78,7 +79,7 @@ def needed_bytes(folder: Path, dtype: str) -> int:
 
 def _free_bytes() -> int | None:
     if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
+        return int(torch.cuda.mem_get_info(default_device())[0])
     return free_host_memory()
 
 
@@ -160,7 +161,7 @@ def question_ids(
 def _whole(folder: Path, dtype: str) -> LoadedModel:
     key = (folder, dtype)
     if key not in _LOADED:
-        _LOADED[key] = load_model(folder, dtype=dtype)
+        _LOADED[key] = load_model(folder, dtype=dtype, device=default_device())
     return _LOADED[key]
 
 
@@ -196,7 +197,7 @@ def streamed_logits(
     Hidden states of at most 16,384 tokens (or one text) wait between layers; at the end both
     models' heads are held together, so that no logits wait.
     """
-    models = [StreamedModel(folder, dtype=dtype) for folder in folders]
+    models = [StreamedModel(item, dtype=dtype, device=default_device()) for item in folders]
     texts: list[list[tuple[list[int], int]]] = []
     for column, (model, folder) in enumerate(zip(models, folders, strict=True)):
         tokenizer = load_tokenizer(folder)

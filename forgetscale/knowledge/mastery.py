@@ -19,6 +19,7 @@ import numpy as np
 from forgetscale.artifact import ArtifactWriter, canonical_json, hash_bytes, write_json
 from forgetscale.errors import DataError
 from forgetscale.evaluation.model import LoadedModel, hash_model, load_model
+from forgetscale.generation.loading import default_device
 from forgetscale.generation.store import RunStore
 from forgetscale.knowledge.continuations import (
     Continuation,
@@ -88,7 +89,7 @@ def _model(probe: Probe) -> LoadedModel:
     key = (probe.model, probe.dtype)
     if key not in _LOADED:
         _LOADED.clear()
-        _LOADED[key] = load_model(probe.model, dtype=probe.dtype)
+        _LOADED[key] = load_model(probe.model, dtype=probe.dtype, device=default_device())
     return _LOADED[key]
 
 

@@ -79,6 +79,45 @@ class _Slot:
     empty: nn.Parameter
 
 
+def split_model(model: Any) -> dict[str, list[_Slot]]:
+    """Return the parameters of each part that is loaded at a time, tied ones once a part.
+
+    Args:
+        model: Causal language model, its parameters on the meta device.
+    """
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    names: dict[int, str] = {}
+    values: dict[int, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for leaf, value in module._parameters.items():
+            if value is not None:
+                names.setdefault(id(value), f"{prefix}.{leaf}" if prefix else leaf)
+                owners.setdefault(id(value), []).append((module, leaf))
+                values[id(value)] = value
+    slots = {key: _Slot(names[key], tuple(owners[key]), values[key]) for key in names}
+
+    def of(part: nn.Module) -> list[_Slot]:
+        inside = {id(value) for value in part.parameters()}
+        return [slot for key, slot in slots.items() if key in inside]
+
+    decoder = model.get_decoder()
+    layers = {f"layer {number}": of(layer) for number, layer in enumerate(decoder.layers)}
+    inner = {slot.name for part in layers.values() for slot in part}
+    begin = [slot for slot in of(decoder) if slot.name not in inner]
+    table = {slot.name for slot in of(decoder.get_input_embeddings())}
+    end = [slot for slot in begin if slot.name not in table]
+    end += of(model.get_output_embeddings())
+    return {"embedding": begin, **layers, "head": end}
+
+
+def part_elements(model: Any) -> dict[str, int]:
+    """Return the elements of each part that is loaded at a time; the largest is the peak."""
+    return {
+        name: sum(slot.empty.numel() for slot in slots)
+        for name, slots in split_model(model).items()
+    }
+
+
 def require_streamable(config: Any, directory: Path) -> None:
     """Refuse architectures that were never compared with the whole model.
 
@@ -126,33 +165,8 @@ class StreamedModel:
                     module._buffers[name] = value.to(self.device)
         self._decoder: Any = self._model.get_decoder()
         self._layers: list[Any] = list(self._decoder.layers)
-        self._parts = self._split()
+        self._parts = split_model(self._model)
         self._check_names()
-
-    def _split(self) -> dict[str, list[_Slot]]:
-        """Return the parameters of each part that is loaded at a time."""
-        owners: dict[int, list[tuple[nn.Module, str]]] = {}
-        names: dict[int, str] = {}
-        places: dict[int, nn.Parameter] = {}
-        for prefix, module in self._model.named_modules():
-            for leaf, value in module._parameters.items():
-                if value is not None:
-                    names.setdefault(id(value), f"{prefix}.{leaf}" if prefix else leaf)
-                    owners.setdefault(id(value), []).append((module, leaf))
-                    places[id(value)] = value
-        slots = {key: _Slot(names[key], tuple(owners[key]), places[key]) for key in names}
-
-        def of(modules: Sequence[nn.Module]) -> list[_Slot]:
-            inside = {id(value) for module in modules for value in module.parameters()}
-            return [slot for key, slot in slots.items() if key in inside]
-
-        layers = {f"layer {n}": of([layer]) for n, layer in enumerate(self._layers)}
-        inner = {slot.name for part in layers.values() for slot in part}
-        begin = [slot for slot in of([self._decoder]) if slot.name not in inner]
-        table = {id(value) for value in self._decoder.get_input_embeddings().parameters()}
-        end = [slot for slot in begin if id(slot.empty) not in table]
-        end += of([self._model.get_output_embeddings()])
-        return {"embedding": begin, **layers, "head": end}
 
     def _check_names(self) -> None:
         for slot in (slot for part in self._parts.values() for slot in part):

@@ -16,6 +16,7 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    LlamaConfig,
     MistralConfig,
     MistralForCausalLM,
     Olmo3Config,
@@ -26,7 +27,8 @@ from transformers import (
 )
 
 from forgetscale.errors import ConfigError, DataError
-from forgetscale.models.streamed import STREAMED_KINDS, StreamedModel
+from forgetscale.models import build_skeleton
+from forgetscale.models.streamed import STREAMED_KINDS, StreamedModel, part_elements
 from tests.distributed import tiny
 
 SIZES = tiny.SIZES | {"hidden_size": 36, "num_hidden_layers": 3}
@@ -126,9 +128,24 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path):
 
 
 def model_parts(model: StreamedModel) -> dict[str, int]:
-    return {
-        name: sum(slot.empty.numel() * 4 for slot in slots) for name, slots in model._parts.items()
-    }
+    return {name: 4 * count for name, count in part_elements(model._model).items()}
+
+
+@pytest.mark.parametrize(
+    "sizes, layer, ends",
+    [
+        # Llama 2 13B: heads, MLP and two norms of a layer; embedding and norm, head and norm
+        ((32000, 5120, 13824, 40, 40, 40), 317_204_480, 163_845_120),
+        ((128256, 8192, 28672, 80, 64, 8), 855_654_400, 1_050_681_344),  # Llama 3 70B
+    ],
+)
+def test_the_peak_of_published_models(sizes: tuple[int, ...], layer: int, ends: int):
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+             "num_attention_heads", "num_key_value_heads")  # fmt: skip
+    config = LlamaConfig(**dict(zip(names, sizes, strict=True)) | {"num_hidden_layers": 2})
+    assert part_elements(build_skeleton(config)) == {
+        "embedding": ends, "layer 0": layer, "layer 1": layer, "head": ends,
+    }  # fmt: skip
 
 
 def test_what_is_refused(tmp_path: Path):
