@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from forgetscale.errors import DataError
-from forgetscale.models.weights import SafetensorsFolder
+from forgetscale.models.weights import INDEX_FILE, SINGLE_FILE, SafetensorsFolder
 
 FLOATS = {
     "F64": torch.float64,
@@ -142,7 +142,12 @@ class RawFolder:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         refuse_folder(self.directory)
-        self._open(SafetensorsFolder(self.directory).files())
+        has_index = (self.directory / INDEX_FILE).is_file()
+        if not has_index and (self.directory / SINGLE_FILE).is_file():
+            # Not through a mapping: that of a file larger than memory may be refused.
+            self._open([SINGLE_FILE])
+        else:
+            self._open(SafetensorsFolder(self.directory).files())
 
     @classmethod
     def of_file(cls, path: Path) -> RawFolder:
