@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forgetscale.artifact import canonical_json, hash_bytes, hash_file, verify_artifact
 from forgetscale.masks import FreezePlan, load_plan, save_plan
 from tests.distributed.compare import assert_same_weights
 from tests.distributed.fault_cases import difference
@@ -96,6 +97,8 @@ def damage(how: str, checkpoint: Path) -> None:
         data = pickle.dumps(Bomb(checkpoint.parent / "exploded"))
         size = optimizer[0].stat().st_size
         optimizer[0].write_bytes(data + b"\0" * (size - len(data)))
+    elif how == "a file that nobody wrote":
+        (checkpoint / "extra.pt").write_bytes(pickle.dumps(Bomb(checkpoint.parent / "exploded")))
     else:
         raise AssertionError(how)
 
@@ -108,6 +111,7 @@ DAMAGES = [
     "the manifest is missing",
     "a file is cut short",
     "a foreign pickle",
+    "a file that nobody wrote",
 ]
 
 
@@ -122,6 +126,25 @@ def test_a_damaged_checkpoint_is_set_aside(ranks: RankServer, runs: Runs, stoppe
     assert [p.name[:17] for p in checkpoints.glob("*.bad*")] == ["step-00000004.bad"]
     assert not (checkpoints / "exploded").exists(), "an unverified pickle was loaded"
     assert_equal_runs(folder_of(recipe), runs.get("ssu", 2))
+
+
+def test_a_pickle_with_a_forged_manifest_does_not_run(ranks: RankServer, stopped):
+    """Who can forge every hash still cannot make the one file of torch's format run code."""
+    recipe = copy_of(stopped, "forged")
+    checkpoint = folder_of(recipe) / "checkpoints" / "step-00000004"
+    mark = checkpoint.parent / "exploded"
+    path = checkpoint / "method.pt"
+    torch.save({"bomb": Bomb(mark)}, path)
+    manifest = json.loads((checkpoint / "manifest.json").read_bytes())
+    manifest["files"]["method.pt"] |= {"size": path.stat().st_size, "sha256": hash_file(path)}
+    del manifest["self_hash"]
+    manifest["self_hash"] = hash_bytes(canonical_json(manifest))
+    (checkpoint / "manifest.json").write_bytes(canonical_json(manifest))
+    verify_artifact(checkpoint, "checkpoint")
+    outcome = ranks.run("training:command", 2, recipe=recipe)
+    assert all(code not in (0, None) for code in outcome.codes), outcome.logs
+    assert "weights_only" in "".join(outcome.logs)
+    assert not mark.exists()
 
 
 def test_all_checkpoints_damaged_is_an_error(ranks: RankServer, stopped):

@@ -118,6 +118,31 @@ def ask(log: Any, answer: Any, keys: str = "abc") -> dict[str, Any]:
     )
 
 
+@pytest.mark.parametrize("keys", ["a", "abcd"])
+def test_every_rank_makes_as_many_calls(run_ranks: Any, keys: str) -> None:
+    """Also with one question for three ranks: two calls of it are thrown away."""
+    calls: list[bool] = []
+
+    def work(ranks: Any) -> dict[str, Any]:
+        def answer(batch: Any) -> list[int]:
+            calls.append(batch.dummy)
+            return [item + 1 for item in batch.items]
+
+        return answer_each_once(
+            [Asked(key, "1") for key in keys],
+            [1] * len(keys),
+            answer,
+            collective=ranks,
+            batch_size=1,
+            log=NothingKept(),
+            on_call=lambda: None,
+        )
+
+    expected = {key: number + 1 for number, key in enumerate(keys)}
+    assert run_ranks(3, work) == [expected] * 3
+    assert len(calls) == 3 * -(-len(keys) // 3) and calls.count(False) == len(keys)
+
+
 def test_an_answer_is_kept_before_the_next_is_made(tmp_path: Path) -> None:
     made: list[int] = []
 
