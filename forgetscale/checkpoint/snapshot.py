@@ -91,6 +91,11 @@ class HostCopies:
         """True once the room is there."""
         return bool(self._room)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the copies, without what an allocator rounds up."""
+        return sum(room.numel() * room.element_size() for room in self._room.values())
+
     def take(self, engine: ZeroEngine) -> dict[str, Tensor]:
         """Copy this rank's masters and moments; overwrites the copies of the save before."""
         live = live_states(engine)

@@ -125,7 +125,9 @@ def describe(outlook: Outlook, world_size: int) -> str:
     ]
     if kept.disk:
         lines.append(f"Fisher basis on disk   {kept.disk / 1e9:10.3f} GB, all ranks together")
-    if state.offloaded:
+    if memory.copies:
+        lines.append(f"  {'copies for checkpoints (host)':31s} {memory.copies / 1e9:10.3f} GB")
+    if memory.host:
         lines.append(f"  {'in host memory':31s} {memory.host / 1e9:10.3f} GB")
     return "\n".join(lines)
 

@@ -110,6 +110,7 @@ def look_ahead(
         layout,
         trace,
         world_size=world_size,
+        device=device,
         edits_gradients=overrides(method, EDITS_GRADIENTS),
         protection=protection_bytes(recipe, skeleton, shapes, world_size),
         refresh=refresh_bytes(recipe, shapes, world_size),

@@ -17,6 +17,7 @@ from forgetscale.engine.memory import (
     StateBytes,
     Trace,
     built_shapes,
+    copy_bytes,
     gathered_elements,
     state_bytes,
     trace_micro_batch,
@@ -67,6 +68,9 @@ class MemoryEstimate:
     """Second engine while a method measures again between steps; None without a refresh."""
     step: int
     """Copies of gradients while the optimizer steps; nothing of the model's pass is left then."""
+    copies: int
+    """Host memory for the states that a checkpoint writes beside training; 0 when training waits
+    for its saves."""
 
     @property
     def micro_batch(self) -> int:
@@ -83,9 +87,10 @@ class MemoryEstimate:
 
     @property
     def host(self) -> int:
-        """Bytes in host memory through offload."""
+        """Bytes in host memory, through offload and for checkpoints written beside training."""
         again = 0 if self.refresh is None else self.refresh.host
-        return self.state.host + again + (self._kept if self.state.offloaded else 0)
+        kept = self._kept if self.state.offloaded else 0
+        return self.state.host + again + kept + self.copies
 
     @property
     def _kept(self) -> int:
@@ -157,6 +162,7 @@ def estimate_memory(
     trace: Trace,
     *,
     world_size: int,
+    device: str = "cuda",
     edits_gradients: bool = False,
     protection: ProtectionBytes | None = None,
     refresh: StateBytes | None = None,
@@ -169,6 +175,7 @@ def estimate_memory(
         layout: How the freeze plan is stored; None where there is no plan.
         trace: From ``trace_recipe``.
         world_size: Number of ranks, > 0.
+        device: ``cuda`` or ``cpu``, where the model computes.
         edits_gradients: The method edits gradients, which it sees in fp32.
         protection: What penalties and projections keep; None for nothing.
         refresh: Second engine of a method that measures again; None without. Its micro-batches
@@ -202,6 +209,7 @@ def estimate_memory(
         reference=_reference_bytes(recipe, shapes, world_size),
         refresh=refresh,
         step=_step_copies(recipe, shapes, layout, world_size, zero, edits_gradients),
+        copies=copy_bytes(recipe, shapes, layout, world_size, locked=device == "cuda"),
     )
 
 

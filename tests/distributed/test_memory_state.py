@@ -40,4 +40,8 @@ def test_state_is_predicted_to_the_byte(ranks: RankServer, runs: Runs, size: int
         for name, found in value.items():
             assert found["predicted"] == found["measured"], name
             assert found["offloaded"] == (name.endswith("-offload"),) * 2, name
+            # Padding is not copied; the first rank owns none.
+            assert 0 < found["copies"] <= found["predicted_copies"], name
             assert (found["cut"] > 0) == name.startswith(("compact", "rows")), name
+    for name, found in outcome.value.items():
+        assert found["copies"] == found["predicted_copies"], name

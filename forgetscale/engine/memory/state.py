@@ -12,6 +12,8 @@ from forgetscale.config.deepspeed import read_deepspeed
 from forgetscale.masks import CompactLayout
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+NUM_STATES = 3
+"""fp32 values of a trained element that a checkpoint holds: the master and two moments."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -124,6 +126,33 @@ def state_bytes(
         step_gradients=4 * trained if offloaded else 0,
         offloaded=offloaded,
     )
+
+
+def copy_bytes(
+    recipe: Recipe, shapes: Shapes, layout: CompactLayout | None, world_size: int, *, locked: bool
+) -> int:
+    """Return the host memory of one rank for the copies that are written beside training.
+
+    Master and two moments of each trained element, 12 bytes. There is room for one set of copies,
+    kept from save to save: the next save waits for the one before it. Without background writing
+    (``train.checkpoint_mode: sync``) there are none.
+
+    Args:
+        recipe: Resolved recipe.
+        shapes: Parameter shapes of the source model.
+        layout: How the freeze plan is stored; None where there is no plan.
+        world_size: Number of ranks, > 0.
+        locked: The room is page-locked, as where there is a GPU: torch hands out each tensor's
+            part in powers of two.
+    """
+    if recipe.train.checkpoint_mode == "sync":
+        return 0
+    built = built_shapes(shapes, layout)
+    total = 0
+    for name in trained_names(built, layout):
+        part = 4 * -(-math.prod(built[name]) // world_size)
+        total += NUM_STATES * (1 << (part - 1).bit_length() if locked else part)
+    return total
 
 
 def accumulation_bytes(recipe: Recipe) -> int:

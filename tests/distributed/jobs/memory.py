@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from forgetscale.checkpoint.snapshot import HostCopies
 from forgetscale.config import validate_recipe
 from forgetscale.data import open_data
 from forgetscale.engine.adapters import find_adapters
-from forgetscale.engine.memory import state_bytes
+from forgetscale.engine.memory import copy_bytes, state_bytes
 from forgetscale.engine.protection import adapted
 from forgetscale.engine.stand_in import assume_plan
 from forgetscale.engine.start import open_source, plan_layout, start_engine
@@ -31,7 +32,11 @@ def states(recipes: dict[str, dict]) -> dict[str, Any]:
         engine = start_engine(
             parsed, here, source, plan=kept.plan, training=True, adapters=kept.adapters
         )
+        copies = HostCopies()
+        copies.take(engine)
         found[name] = {
+            "predicted_copies": copy_bytes(parsed, source.shapes, layout, here.size, locked=False),
+            "copies": copies.num_bytes,
             "predicted": predicted.measured_parts(),
             "measured": engine.shards.state_bytes(),
             "offloaded": (predicted.offloaded, engine.shards.offloaded),

@@ -45,6 +45,9 @@ def test_published_recipes(capsys, monkeypatch, world, recipe):
     assert found["world_size"] == 8 and found["mock_step"] is None
     state = found["memory"]["state"]
     assert state["masters"] * 2 == state["moments"] > 0
+    # Page-locked room comes in powers of two.
+    assert 1 <= found["memory"]["copies"] / (state["masters"] + state["moments"]) < 2
+    assert found["memory"]["host"] == found["memory"]["copies"]
     assert found["memory"]["device"] > state["weights"] + state["masters"] + state["moments"]
     expected = {"sft": "full", "lora": "adapter"}
     assert found["layout"] == expected.get(recipe.stem.rpartition("-")[2], "compact")
@@ -71,6 +74,8 @@ def test_the_table(capsys, monkeypatch, world):
         "activations",
         "gradient bucket",
         "peak on the device",
+        "copies for checkpoints (host)",
+        "in host memory",
         "layout compact; plan drawn with the right counts",
     ):
         assert part in text

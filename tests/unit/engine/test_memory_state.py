@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from forgetscale.config import Recipe, validate_recipe
-from forgetscale.engine.memory import state_bytes
+from forgetscale.engine.memory import copy_bytes, state_bytes
 from forgetscale.engine.memory.state import sub_groups
 from forgetscale.masks import FreezePlan, compact_layout
 from tests.distributed.harness import ROOT
@@ -16,14 +16,14 @@ from tests.distributed.harness import ROOT
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def recipe(dtype: str, accumulation: str, deepspeed: str = "zero3") -> Recipe:
+def recipe(dtype: str, accumulation: str, deepspeed: str = "zero3", **train: str) -> Recipe:
     return validate_recipe(
         {
             "run": {"name": "x", "output_dir": "x"},
             "model": {"path": "x", "dtype": dtype},
             "data": {"path": "x"},
             "method": {"kind": "sft"},
-            "train": {"num_steps": 1, "accumulation_dtype": accumulation},
+            "train": {"num_steps": 1, "accumulation_dtype": accumulation, **train},
             "deepspeed": str(ROOT / "ds_configs" / f"{deepspeed}.json"),
         }
     )
@@ -127,6 +127,19 @@ def test_offload_moves_all_but_the_weights_to_the_host():
     assert found.device == 20
     # masters 4, moments 8, accumulated gradients 4, gradients to step with 4
     assert found.host == 10 * 20
+
+
+def test_copies_for_checkpoints_are_12_bytes_a_trained_element():
+    setting = recipe("bfloat16", "float32")
+    for shapes, layout in ((SEVEN[1], None), (SEVEN[1], half_of_the_columns(SEVEN[1]))):
+        state = state_bytes(setting, shapes, layout, 8)
+        found = copy_bytes(setting, shapes, layout, 8, locked=False)
+        assert found == state.masters + state.moments
+    assert round(copy_bytes(setting, SEVEN[1], None, 1, locked=False) / 1e9, 1) == 87.6
+    # In powers of two: 12 bytes become 16, 4 stay 4; of master and two moments each.
+    assert copy_bytes(setting, {"a": (7,), "b": (1,)}, None, 3, locked=True) == 3 * (16 + 4)
+    waiting = recipe("bfloat16", "float32", checkpoint_mode="sync")
+    assert copy_bytes(waiting, SEVEN[1], None, 1, locked=True) == 0
 
 
 @pytest.mark.parametrize(
