@@ -3,8 +3,10 @@
 Each process says where it is (``beat``): a few attribute writes. A thread beside it writes that to
 ``heartbeat/rank-NNNNN.json`` in the run folder, which all nodes share, and looks at how long the
 last beat is ago. All ranks pass the same beats in the same order, so the rank with the fewest is
-the one that the others wait for. The thread ends the process with ``os._exit``: its main thread
-sits in a collective that never returns and cannot be asked.
+the one that the others wait for; a knock at each other host's port tells whether a link is cut
+instead (``forgetscale.links``). The thread ends the process with ``os._exit``: its main thread sits
+in a collective that never returns and cannot be asked. Files are written by a thread of their own,
+so that a shared folder that no longer answers does not keep a process alive.
 """
 
 from __future__ import annotations
@@ -20,12 +22,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from forgetscale.links import Door, describe_cuts, silent_hosts
+
 HEARTBEAT_FOLDER = "heartbeat"
 SLOW_FACTOR = 4.0
 """How much longer slow phases may take: the first step, saves, evaluation, calibration, export."""
 EXIT_CODE = 1
 _REFRESH_SECONDS = 10.0
 _SUSPENDED_SECONDS = 5.0
+_KNOCK_SECONDS = 2.0
+_REPORT_SECONDS = 30.0
+"""How long a report may take before the process ends without one."""
 _MAX_ROWS = 16
 
 
@@ -46,8 +53,11 @@ class Watchdog:
         self._step = 0
         self._rows: Iterable[Any] = ()
         self._forgiven = 0.0
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._closed = threading.Event()
+        self._saying = threading.Lock()
+        self._door: Door | None = None
+        self._silent_hosts: list[str] = []
 
     # ---- what the main thread says ------------------------------------------------------
 
@@ -97,6 +107,9 @@ class Watchdog:
             size: Number of ranks.
             limit_seconds: Longest time between two beats of a step, > 0.
             log_path: Log file that gets the report.
+
+        Raises:
+            OSError: The run folder cannot be written, or no port can be opened.
         """
         self._folder, self._rank, self._size = folder, rank, size
         self._limit, self._log_path = limit_seconds, log_path
@@ -106,32 +119,42 @@ class Watchdog:
         self._said_path(rank).unlink(missing_ok=True)
         if rank == 0:
             self._claim().unlink(missing_ok=True)
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-        self._thread.start()
+        self._door = Door()
+        for name, work in (("heartbeat", self._keep_saying), ("watchdog", self._run)):
+            thread = threading.Thread(target=work, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     def close(self) -> None:
-        """End the thread and remove this rank's heartbeat."""
-        if self._thread is None:
+        """End the threads and remove this rank's heartbeat."""
+        if not self._threads:
             return
         self._closed.set()
-        self._thread.join()
-        self._thread = None
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+        if self._door is not None:
+            self._door.close()
         self._said_path(self._rank).unlink(missing_ok=True)
 
     def _run(self) -> None:
-        written, last = (-1, 0.0), time.monotonic()
+        last = time.monotonic()
         while not self._closed.wait(self._tick):
             now = time.monotonic()
             if now - last > self._tick + _SUSPENDED_SECONDS:
                 # The whole process stood still (a suspended job); its main thread is not to blame.
                 self._forgiven = now
             last = now
-            beats = self._state[0]
+            if self._stood() > self._allowed():
+                self._end()
+
+    def _keep_saying(self) -> None:
+        written = (-1, 0.0)
+        while not self._closed.wait(self._tick):
+            beats, now = self._state[0], time.monotonic()
             if beats != written[0] or now - written[1] > _REFRESH_SECONDS:
                 self._say_where()
                 written = (beats, now)
-            if self._stood() > self._allowed():
-                self._end()
 
     def _stood(self) -> float:
         return time.monotonic() - max(self._state[3], self._forgiven)
@@ -156,11 +179,14 @@ class Watchdog:
             "stood": round(self._stood(), 1),
             "step": self._step,
             "rows": [int(row) for row in self._rows][:_MAX_ROWS],
+            "door": None if self._door is None else self._door.address,
+            "silent_hosts": self._silent_hosts,
         }
         path = self._said_path(self._rank)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(place), encoding="utf-8")
-        temporary.replace(path)
+        with self._saying:
+            temporary.write_text(json.dumps(place), encoding="utf-8")
+            temporary.replace(path)
 
     def _places(self) -> list[dict[str, Any]]:
         """Return where each rank is; of ranks that say nothing only the number."""
@@ -178,10 +204,14 @@ class Watchdog:
 
     def _end(self) -> None:
         """Write stacks and, on one rank, the report; then end the process."""
+        patience = threading.Timer(_REPORT_SECONDS, self._end_without_report)
+        patience.daemon = True
+        patience.start()
         self._say_where()
         with stacks_file(self._folder, self._rank).open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file=file, all_threads=True)
         time.sleep(3 * self._tick)  # until all ranks have said where they stand
+        self._knock()
         try:
             os.close(os.open(self._claim(), os.O_CREAT | os.O_EXCL))
         except FileExistsError:
@@ -193,6 +223,30 @@ class Watchdog:
                 file.write(text + "\n")
         finally:
             os._exit(EXIT_CODE)
+
+    def _knock(self) -> None:
+        """Say which other hosts give no answer, and wait until all ranks have."""
+        if self._door is None:
+            return
+        doors = [place["door"] for place in self._places() if place.get("door")]
+        here = self._door.address[0]
+        others = [(host, port) for host, port in doors if host != here]
+        if others:
+            begun = time.monotonic()
+            self._silent_hosts = sorted(silent_hosts(others, _KNOCK_SECONDS))
+            self._say_where()
+            time.sleep(max(0.0, _KNOCK_SECONDS - (time.monotonic() - begun)) + 3 * self._tick)
+
+    def _end_without_report(self) -> None:
+        print(
+            f"forgetscale: error (rank {self._rank}): no progress for {self._stood():.0f} s in"
+            f" '{self._state[1]}' of step {self._step} on {socket.gethostname()}, and"
+            f" {self._folder} does not answer; the run ends, start the same command again to"
+            " resume.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_CODE)
 
 
 def _line(place: dict[str, Any]) -> str:
@@ -226,10 +280,12 @@ def report(places: list[dict[str, Any]], stood: float, allowed: float, folder: P
     where = "nowhere known"
     if fewest >= 0:
         where = f"in '{behind[0]['phase']}' of step {behind[0]['step']} on {behind[0]['host']}"
+    cuts = describe_cuts(places)
+    links = "" if cuts is None else f"; {cuts}"
     return "\n".join(
         [
             f"forgetscale: error: no progress for {stood:.0f} s ({allowed:.0f} s allowed by"
-            f" train.watchdog_s): {who} {where}; the run ends, stacks are in"
+            f" train.watchdog_s): {who} {where}{links}; the run ends, stacks are in"
             f" {folder / 'logs'}; start the same command again to resume.",
             *(_line(place) for place in places),
         ]

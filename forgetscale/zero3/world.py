@@ -238,6 +238,10 @@ _LOST_PEER = re.compile(
 )
 
 
+_PEER_ADDRESS = re.compile(r"\[([0-9a-fA-F.:]+)\]:\d+")
+"""Where gloo names the host at the other end."""
+
+
 def lost_peer(error: BaseException) -> ShardError | None:
     """Return one sentence if a collective failed because another rank is gone, else None.
 
@@ -246,8 +250,10 @@ def lost_peer(error: BaseException) -> ShardError | None:
     """
     if not isinstance(error, RuntimeError) or not _LOST_PEER.search(str(error)):
         return None
+    address = _PEER_ADDRESS.search(str(error))
+    where = "" if address is None else f" at {address[1]}"
     return ShardError(
-        f"rank {launcher_rank()} lost contact with another rank, which ended or hangs; all ranks"
+        f"rank {launcher_rank()} lost contact with a rank{where}, which ended or hangs; all ranks"
         " stop; see the logs for the first error, then start the same command again to resume."
     )
 

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
+import torch
 
+from tests.cluster.long_runs import write_recipe
 from tests.cluster.slurm import Cluster, why_not
 from tests.distributed import tiny
+from tests.distributed.harness import RankServer
+from tests.distributed.runs import load_weights
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +29,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def tiny_world(tmp_path_factory: pytest.TempPathFactory):
     """A model, data and DeepSpeed JSON to train on."""
     return tiny.make_world(tmp_path_factory.mktemp("cluster-world"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(ranks: RankServer, tiny_world: Path) -> Callable[[int], dict[str, torch.Tensor]]:
+    """Number of processes -> final weights of the same recipe when nobody disturbs it."""
+
+    @cache
+    def weights(size: int) -> dict[str, torch.Tensor]:
+        path, folder = write_recipe(tiny_world, f"undisturbed-{size}")
+        ranks.must("cli:run", size, arguments=["train", "--config", str(path)])
+        return load_weights(folder / "export")
+
+    return weights

@@ -126,6 +126,10 @@ class Cluster:
         self._daemon("slurmctld", "-f", str(self.configuration))
         for number in range(nodes):
             self.start_node(f"n{number + 1}")
+        self.wait_for_nodes()
+
+    def wait_for_nodes(self) -> None:
+        """Wait until all nodes are idle."""
         deadline = time.monotonic() + 30
         while self("sinfo", "-h", "-p", "normal", "-o", "%T").split() != ["idle"]:
             if time.monotonic() > deadline:
@@ -156,14 +160,30 @@ class Cluster:
         for line in self._processes():
             pid, command = line.split(maxsplit=1)
             if f"-N {name}" in command or f"SLURMD_NODENAME={name}" in _environ(int(pid)):
-                os.kill(int(pid), signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
 
-    def find_rank(self, recipe: Path) -> int:
-        """Return the process number of a training rank of a recipe (of any node)."""
+    def ranks_of(self, recipe: Path) -> dict[str, int]:
+        """Return node -> process number of the training rank of a recipe there."""
         lines = [line for line in self._processes() if str(recipe) in line]
         ranks = [line for line in lines if "--local_rank" in line and "launcher" not in line]
-        assert ranks, lines
-        return int(ranks[0].split()[0])
+        found = {}
+        for line in ranks:
+            pid = int(line.split()[0])
+            (node,) = [v for v in _environ(pid) if v.startswith("SLURMD_NODENAME=")]
+            found[node.partition("=")[2]] = pid
+        assert found, lines
+        return found
+
+    def launcher_of(self, recipe: Path) -> int:
+        """Return the process number of the launcher of a recipe's ranks, which starts them."""
+        lines = [line for line in self._processes() if str(recipe) in line]
+        (line,) = [line for line in lines if "deepspeed.launcher.launch" in line]
+        return int(line.split()[0])
+
+    def is_running(self, recipe: Path) -> bool:
+        """Return whether any process of a recipe is left."""
+        return any(str(recipe) in line for line in self._processes())
 
     def _processes(self) -> list[str]:
         found = subprocess.run(["ps", "-wweo", "pid=,args="], capture_output=True, text=True)

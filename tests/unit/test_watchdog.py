@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import textwrap
@@ -32,6 +33,11 @@ class TestReport:
     def test_all_at_the_same_place(self):
         text = report([place(0, 5, "optimizer"), place(1, 5, "optimizer")], 31, 30, Path("a"))
         assert "all 2 ranks stand in 'optimizer' of step 4" in text
+
+    def test_links_that_are_cut(self):
+        cut = {"door": ["10.0.0.1", 5], "silent_hosts": ["10.0.0.2"]}
+        text = report([place(0, 5, "rows", **cut), place(1, 5, "rows")], 31, 30, Path("a"))
+        assert "n0 (10.0.0.1, rank 0) and 10.0.0.2 do not reach each other; the run ends" in text
 
     def test_a_rank_that_says_nothing(self):
         places = [place(0, 5, "rows"), {"rank": 1, "beats": -1}]
@@ -92,6 +98,19 @@ def test_a_process_that_hangs_is_ended_with_its_stacks(tmp_path: Path):
     assert " in stuck" in stacks_file(tmp_path, 0).read_text()
     said = json.loads((tmp_path / "heartbeat" / "rank-00000.json").read_text())
     assert said["rows"] == [2] and said["phase"] == "rows"
+
+
+def test_a_process_whose_run_folder_no_longer_answers_is_ended_too(tmp_path: Path):
+    body = """
+        import forgetscale.watchdog as watchdog
+        watchdog._REPORT_SECONDS = 0.5
+        dog._say_where = lambda: time.sleep(50)
+        time.sleep(50)
+    """
+    done = run(tmp_path, body)
+    assert done.returncode == EXIT_CODE
+    assert "forgetscale: error (rank 0): no progress for" in done.stderr
+    assert f"in 'rows' of step 2 on {socket.gethostname()}, and {tmp_path} does not" in done.stderr
 
 
 def test_one_that_goes_on_is_left_alone(tmp_path: Path):
