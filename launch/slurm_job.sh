@@ -33,17 +33,35 @@ on_node() {
   export OMP_NUM_THREADS
   # A prefix is a command with its words, as written by the user.
   # shellcheck disable=SC2206
-  local start=(${FORGETSCALE_PREFIX:-} "$FORGETSCALE_PYTHON")
+  local start=(${FORGETSCALE_PREFIX:-} "$FORGETSCALE_PYTHON") ranks=()
   if [ "$1" = launch ]; then
     shift
+    local first=$((SLURM_NODEID * FORGETSCALE_PROCESSES))
+    mapfile -t ranks < <(seq "$first" $((first + FORGETSCALE_PROCESSES - 1)))
     start+=("$(dirname "$FORGETSCALE_PYTHON")/deepspeed"
       --hostfile "$FORGETSCALE_SCRATCH/hostfile" --no_ssh --node_rank "$SLURM_NODEID"
       --master_addr "$FORGETSCALE_MASTER" --master_port "$FORGETSCALE_PORT" --module forgetscale)
   fi
   "${start[@]}" "$@"
-  local status=$?
+  local status=$? rank
+  # The deepspeed command ends with 0 when its launcher is killed; only ranks know that they ended.
+  for rank in "${ranks[@]}"; do
+    if [ "$status" -eq 0 ] && [ ! -e "$FORGETSCALE_SCRATCH/done-$rank" ]; then
+      echo "launch/slurm_job.sh: the launcher on ${SLURMD_NODENAME:-this node} ended, but rank $rank did not come to its end; was the launcher killed?" >&2
+      status=1
+    fi
+  done
   echo "$(date +%s.%N) $status ${SLURMD_NODENAME:-}" \
     > "$FORGETSCALE_SCRATCH/end-$SLURM_STEP_ID-$SLURM_PROCID"
+  if [ "$status" -ne 0 ]; then
+    # srun ends the others as soon as one fails: they get some time to say how they ended.
+    local ended
+    for _ in {1..100}; do
+      ended=("$FORGETSCALE_SCRATCH/end-$SLURM_STEP_ID"-*)
+      [ "${#ended[@]}" -lt "${SLURM_STEP_NUM_TASKS:-1}" ] || break
+      sleep 0.1
+    done
+  fi
   return "$status"
 }
 if [ "${1:-}" = on-node ]; then
@@ -72,26 +90,36 @@ FORGETSCALE_SCRATCH="$(mktemp -d "$FORGETSCALE_SHARED/.forgetscale-job-$SLURM_JO
 export FORGETSCALE_SCRATCH
 trap 'rm -rf "$FORGETSCALE_SCRATCH"' EXIT
 
-# Run a step; its status is that of the task that failed first.
+# Run a step; its status is that of the task that failed first, or of one that a signal ended soon
+# after: a rank that is killed takes the ranks of other nodes along, whose launchers may be quicker.
+# Nodes of which there is no word are named: they are lost, or what ran there hangs.
 step() {
   srun --kill-on-bad-exit=1 --export=ALL "$@"
-  local status=$? first
+  local status=$? first node lost=()
   if [ "$status" -ne 0 ]; then
-    first="$(cat "$FORGETSCALE_SCRATCH"/end-* 2>/dev/null | awk '$2 != 0' | sort -n | head -n 1)"
+    first="$(cat "$FORGETSCALE_SCRATCH"/end-* 2>/dev/null | awk '$2 != 0' | sort -n | awk '
+      NR == 1 { chosen = $0; begun = $1 }
+      !killed && $1 < begun + 10 && $2 > 128 && $2 != 143 && $2 != 241 { chosen = $0; killed = 1 }
+      END { print chosen }')"
     if [ -n "$first" ]; then
       status="$(echo "$first" | cut -d ' ' -f 2)"
-      echo "job $SLURM_JOB_ID: ended first with $status: ${first##* }" >&2
+      for node in "${expected[@]}"; do
+        grep -q " $node\$" "$FORGETSCALE_SCRATCH"/end-* || lost+=("$node")
+      done
+      echo "job $SLURM_JOB_ID: ended first with $status: ${first##* }${lost[*]:+; no word from ${lost[*]}}" >&2
     fi
   fi
-  rm -f "$FORGETSCALE_SCRATCH"/end-*
+  rm -f "$FORGETSCALE_SCRATCH"/end-* "$FORGETSCALE_SCRATCH"/done-*
   return "$status"
 }
+expected=()
 free_port() {
   local first=$((20000 + (SLURM_JOB_ID * 13 + ${SLURM_RESTART_COUNT:-0} * 101) % 20000))
   step --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" bash "$self" on-node \
     -m forgetscale.zero3.preflight "$first" | tail -n 1
 }
 on_all_nodes() {
+  local expected=("${nodes[@]}")
   step --ntasks-per-node=1 --ntasks="${#nodes[@]}" bash "$self" on-node "$@"
 }
 collective() {

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from forgetscale import __version__
 from forgetscale.errors import (
@@ -109,4 +110,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("forgetscale: interrupted", file=sys.stderr)
         return 130
+    _leave_mark()
     return 0
+
+
+def _leave_mark() -> None:
+    """Tell ``launch/slurm_job.sh`` that this rank came to its end.
+
+    A killed launcher of DeepSpeed ends with 0 (``runner.py`` passes on positive codes alone).
+    """
+    folder = os.environ.get("FORGETSCALE_SCRATCH")
+    if folder:
+        (Path(folder) / f"done-{os.environ.get('RANK', '0')}").touch()

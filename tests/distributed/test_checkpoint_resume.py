@@ -83,8 +83,8 @@ def damage(how: str, checkpoint: Path) -> None:
     assert len(optimizer) == 2
     if how == "one bit of the last file":
         flip_bit(optimizer[-1])
-    elif how == "one bit of a small file":
-        flip_bit(checkpoint / "rng" / "rank-00000.json")
+    elif how == "a file that no manifest names":
+        (checkpoint / "states-99999-of-00002.safetensors").write_bytes(b"not ours")
     elif how == "one bit of the manifest":
         flip_bit(checkpoint / "manifest.json")
     elif how == "a file is missing":
@@ -105,7 +105,7 @@ def damage(how: str, checkpoint: Path) -> None:
 
 DAMAGES = [
     "one bit of the last file",
-    "one bit of a small file",
+    "a file that no manifest names",
     "one bit of the manifest",
     "a file is missing",
     "the manifest is missing",

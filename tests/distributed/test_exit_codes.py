@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from forgetscale.zero3.preflight import find_free_port
 from tests.distributed import tiny
 from tests.distributed.harness import Outcome, RankServer
 from tests.distributed.runs import SSU, Runs, change, load_weights, read_lines
@@ -165,6 +166,33 @@ class TestCheck:
         path, _ = write(runs, "check-wrong", {"method": {"kind": "ssu", "frozen_fraction": 2}})
         outcome = run(ranks, "check", "--config", path)
         assert outcome.codes == [2]
+
+
+class TestPreflight:
+    """The nodes of a job look at each other before it starts."""
+
+    def look(self, ranks: RankServer, shared: list, processes: list[int]) -> Outcome:
+        arguments = {
+            "shared": [str(folder) for folder in shared],
+            "processes": processes,
+            "port": find_free_port(23000),
+        }
+        return ranks.run("cli:look_at_nodes", 2, join=False, **arguments)
+
+    def test_a_folder_that_is_not_shared(self, ranks: RankServer, tmp_path):
+        folders = [tmp_path / "a", tmp_path / "b"]
+        for folder in folders:
+            folder.mkdir()
+        outcome = self.look(ranks, folders, [1, 1])
+        assert outcome.codes == [2, 2], outcome.logs
+        (message,) = errors(outcome)
+        assert f"n2: {folders[1]} is not the same folder as on the first node" in message
+        assert message.endswith("mend or exclude these nodes.")
+
+    def test_uneven_slots(self, ranks: RankServer, tmp_path):
+        outcome = self.look(ranks, [tmp_path, tmp_path], [8, 4])
+        assert outcome.codes == [2, 2], outcome.logs
+        assert "n2 starts 4 processes, n1 8; mend or exclude" in errors(outcome)[0]
 
 
 def test_other_failures_give_1(ranks: RankServer, runs: Runs, tmp_path):
