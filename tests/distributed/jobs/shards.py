@@ -105,29 +105,35 @@ def tiny_recipe(dtype: str, config_path: str, **changes: Any) -> Any:
 # ---- stale gradients --------------------------------------------------------------------
 
 
-def stale_gradients(dtype: str, config_path: str, schedule: list[list[str]]) -> dict[str, Any]:
+def stale_gradients(
+    dtypes: list[str], config_path: str, schedule: list[list[str]]
+) -> dict[str, dict[str, Any]]:
     """Take steps whose micro-batches use some of the parameters.
 
     Args:
-        dtype: Working type.
+        dtypes: Working types, an engine of each.
         config_path: DeepSpeed JSON.
         schedule: Per step a list of micro-batches, each the parts it uses.
 
     Returns:
-        Norm of each step and whole masters after it.
+        By type: norm of each step and whole masters after it.
     """
-    found: dict[str, Any] = {"norms": [], "masters": []}
+    made: dict[str, dict[str, Any]] = {}
     micro = len(schedule[0])
-    with parts_engine(dtype, config_path, global_batch_size=micro * dist.get_world_size()) as made:
-        engine, here, _ = made
-        for step in schedule:
-            for number, parts in enumerate(step):
-                x = torch.full((1, 5), 0.5 + 0.25 * number, dtype=DTYPES[dtype])
-                engine.backward(engine(x, parts), last=number == micro - 1)
-            engine.shards.freeze(0.0)
-            found["norms"].append(engine.step(0.1))
-            found["masters"].append(engine.shards.gather([f"{part}.weight" for part in PARTS]))
-    return found
+    rows = micro * dist.get_world_size()
+    for dtype in dtypes:
+        found: dict[str, Any] = {"norms": [], "masters": []}
+        with parts_engine(dtype, config_path, global_batch_size=rows) as (engine, _, _):
+            for step in schedule:
+                for number, parts in enumerate(step):
+                    x = torch.full((1, 5), 0.5 + 0.25 * number, dtype=DTYPES[dtype])
+                    engine.backward(engine(x, parts), last=number == micro - 1)
+                engine.shards.freeze(0.0)
+                found["norms"].append(engine.step(0.1))
+                found["masters"].append(engine.shards.gather([f"{part}.weight" for part in PARTS]))
+            engine.destroy()
+        made[dtype] = found
+    return made
 
 
 # ---- gradients --------------------------------------------------------------------------
