@@ -1,7 +1,8 @@
 """What happens after a bad step: skip it; go back and quarantine its rows; stop and name them.
 
 Every rung is taken by all ranks together and stands in the ledger before it is done, so a start
-after a crash finishes what was begun and the run repeats its past exactly.
+after a crash finishes what was begun and the run repeats its past exactly. How it goes together
+with the retention gate stands in ``forgetscale.engine.retention``.
 """
 
 from __future__ import annotations

@@ -3,6 +3,15 @@
 Every measurement and what followed is a line of the ledger, and the gate's state is nothing but
 what those lines say. So a run that is killed and started again stands where it stood: lines of
 steps that a restart takes again are overwritten by the new ones, those before a roll-back stay.
+
+A run may have this gate and the ladder of bad steps (``forgetscale.engine.ladder``). The ladder
+comes first: it judges the numbers of a step before the weights change, the gate the weights between
+two steps, so what a bad step would have done is never measured, and a step that sends the run back
+is not judged. When the ladder goes back, later decisions of the gate are taken again with the
+weights that never saw the rows: a rate that was lowered meanwhile is what it was at that
+checkpoint. When the gate goes back, rows stay in quarantine; its roll-backs and the rate they left
+are never undone. Each counts its own actions against its own limit (``guard.max_rollbacks``,
+``retention.max_actions``), so the two together end.
 """
 
 from __future__ import annotations
