@@ -26,9 +26,10 @@
 #   --dry-run                print what would be submitted
 #
 # A job gets USR1 120 s before its time ends or it is preempted: training writes a checkpoint, ends
-# with 75 and is queued again by itself; any other end is the job's exit code. No ssh is used, and
-# MPI only by prepare. Preemption sends the signal only where slurm.conf asks for it
-# (preempt_send_user_signal) and gives a GraceTime.
+# with 75 and is queued again by itself; so is a job that lost a node (ask for --nodes=3-4 to let it
+# go on with fewer). Any other end is the job's exit code. No ssh is used, and MPI only by prepare.
+# Preemption sends the signal only where slurm.conf asks for it (preempt_send_user_signal) and gives
+# a GraceTime.
 set -euo pipefail
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -92,10 +92,10 @@ trap 'rm -rf "$FORGETSCALE_SCRATCH"' EXIT
 
 # Run a step; its status is that of the task that failed first, or of one that a signal ended soon
 # after: a rank that is killed takes the ranks of other nodes along, whose launchers may be quicker.
-# Nodes of which there is no word are named: they are lost, or what ran there hangs.
+# Nodes of which there is no word are named, and asked whether they are there at all.
 step() {
   srun --kill-on-bad-exit=1 --export=ALL "$@"
-  local status=$? first node lost=()
+  local status=$? first node silent=()
   if [ "$status" -ne 0 ]; then
     first="$(cat "$FORGETSCALE_SCRATCH"/end-* 2>/dev/null | awk '$2 != 0' | sort -n | awk '
       NR == 1 { chosen = $0; begun = $1 }
@@ -104,15 +104,20 @@ step() {
     if [ -n "$first" ]; then
       status="$(echo "$first" | cut -d ' ' -f 2)"
       for node in "${expected[@]}"; do
-        grep -q " $node\$" "$FORGETSCALE_SCRATCH"/end-* || lost+=("$node")
+        grep -q " $node\$" "$FORGETSCALE_SCRATCH"/end-* || silent+=("$node")
       done
-      echo "job $SLURM_JOB_ID: ended first with $status: ${first##* }${lost[*]:+; no word from ${lost[*]}}" >&2
+      echo "job $SLURM_JOB_ID: ended first with $status: ${first##* }${silent[*]:+; no word from ${silent[*]}}" >&2
+      for node in "${silent[@]}"; do
+        timeout 60 srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" true > /dev/null 2>&1 \
+          || lost+=("$node")
+      done
     fi
   fi
   rm -f "$FORGETSCALE_SCRATCH"/end-* "$FORGETSCALE_SCRATCH"/done-*
   return "$status"
 }
 expected=()
+lost=()
 free_port() {
   local first=$((20000 + (SLURM_JOB_ID * 13 + ${SLURM_RESTART_COUNT:-0} * 101) % 20000))
   step --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" bash "$self" on-node \
@@ -158,8 +163,11 @@ case "$1" in
   *) fail "'$1' is no job; see bash launch/slurm.sh --help." ;;
 esac
 status=$?
-if [ "$status" -eq 75 ]; then
-  echo "job $SLURM_JOB_ID stopped early and safe; it is queued again"
+again=""
+[ "$status" -ne 75 ] || again="stopped early and safe"
+[ "${#lost[@]}" -eq 0 ] || again="lost ${lost[*]}, which no longer answers"
+if [ -n "$again" ]; then
+  echo "job $SLURM_JOB_ID $again; it is queued again"
   scontrol requeue "$SLURM_JOB_ID" || echo "launch/slurm_job.sh: SLURM did not requeue job $SLURM_JOB_ID; submit it again, it goes on where it stopped." >&2
   # The requeue ends this script; until then it must not end the job.
   rm -rf "$FORGETSCALE_SCRATCH"

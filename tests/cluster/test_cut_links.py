@@ -49,7 +49,7 @@ def start(hosts: TwoHosts, recipe: Path, logs: Path, port: int) -> list[subproce
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_both_sides_of_a_cut_link_stop_in_time_and_name_it(
     hosts: TwoHosts,
     tiny_world: Path,

@@ -21,16 +21,13 @@ from tests.distributed.harness import Job, RankServer
 from tests.distributed.runs import SSU, Runs, load_weights, read_lines
 
 TASK = "perplexity/source"
-ACTIONS = ("lower_lr", "roll_back")
+ACTIONS = ("lower_lr", pytest.param("roll_back", marks=pytest.mark.long))
 STEPS, EVERY, BAD_STEP = 11, 3, 6
 RATES = {"lower_lr": 0.5, "roll_back": 0.01}
 
 
 @pytest.fixture(scope="module")
-def folders(
-    ranks: RankServer, runs: Runs, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, bool], Path]:
-    """(action, whether the row is seen) -> run folder; all runs side by side."""
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = tiny.make_poisoned_world(tmp_path_factory.mktemp("both"))
     rows = np.random.default_rng(3).integers(40, tiny.POISON_TOKEN, (6, tiny.BLOCK_SIZE))
     write_token_set(
@@ -40,26 +37,32 @@ def folders(
         tokenizer_sha256=tokenizer_hash(world / "model"),
         num_text_bytes=rows.size * 3,
     )
-    skips = world / "skip.jsonl"
-    skips.write_text(json.dumps({"row": tiny.POISON_ROW}) + "\n")
+    (world / "skip.jsonl").write_text(json.dumps({"row": tiny.POISON_ROW}) + "\n")
+    return world
+
+
+@pytest.fixture(scope="module")
+def folders(request, ranks: RankServer, runs: Runs, world: Path) -> dict[bool, Path]:
+    """Whether the row is seen -> run folder, with the gate's action given; both side by side."""
+    action = request.param
+    section = {
+        "every_steps": 2,
+        "task_dir": str(world / "tasks"),
+        "budgets": [{"task": TASK, "max_drop": 0.05, "action": action}],
+        "lr_factor": RATES[action],
+        "max_actions": 10,
+    }
     jobs, found = [], {}
-    for action in ACTIONS:
-        section = {
-            "every_steps": 2,
-            "task_dir": str(world / "tasks"),
-            "budgets": [{"task": TASK, "max_drop": 0.05, "action": action}],
-            "lr_factor": RATES[action],
-            "max_actions": 10,
-        }
-        for seen in (True, False):
-            changes: dict[str, Any] = {"train.num_steps": STEPS, "retention": section}
-            changes |= {"train.checkpoint_every_steps": EVERY}
-            changes |= {"guard.max_skips": 1} if seen else {"data.skip_rows": str(skips)}
-            name = f"{action}-{seen}"
-            recipe = runs.recipe(name, SSU, changes, world)
-            path = tiny.write_recipe(world / f"{name}.yaml", recipe)
-            jobs.append(Job("cli:run", {"arguments": ["train", "--config", str(path)]}, 2))
-            found[action, seen] = world / name
+    for seen in (True, False):
+        changes: dict[str, Any] = {"train.num_steps": STEPS, "retention": section}
+        changes |= {"train.checkpoint_every_steps": EVERY}
+        skips = str(world / "skip.jsonl")
+        changes |= {"guard.max_skips": 1} if seen else {"data.skip_rows": skips}
+        name = f"{action}-{seen}"
+        recipe = runs.recipe(name, SSU, changes, world)
+        path = tiny.write_recipe(world / f"{name}.yaml", recipe)
+        jobs.append(Job("cli:run", {"arguments": ["train", "--config", str(path)]}, 2))
+        found[seen] = world / name
     for outcome in ranks.run_all(jobs):
         assert outcome.codes == [0, 0], outcome.logs
     return found
@@ -73,9 +76,9 @@ def what(decision: dict[str, Any]) -> tuple[int, str, float]:
     return decision["step"], decision["action"], decision["lr_factor"]
 
 
-@pytest.mark.parametrize("action", ACTIONS)
-def test_the_end_is_that_of_a_run_that_never_saw_the_row(folders, action: str):
-    both, expected = folders[action, True], folders[action, False]
+@pytest.mark.parametrize("folders", ACTIONS, indirect=True)
+def test_the_end_is_that_of_a_run_that_never_saw_the_row(folders):
+    both, expected = folders[True], folders[False]
     found, weights = (load_weights(folder / "export") for folder in (both, expected))
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
     lines = [read_lines(folder / "metrics.jsonl") for folder in (both, expected)]
@@ -84,8 +87,9 @@ def test_the_end_is_that_of_a_run_that_never_saw_the_row(folders, action: str):
     assert lines[0][-1]["retention/lr_factor"] < 1, "the gate never acted"
 
 
+@pytest.mark.parametrize("folders", ACTIONS[:1], indirect=True)
 def test_a_rate_that_was_lowered_after_the_checkpoint_is_decided_again(folders):
-    both = folders["lower_lr", True]
+    both = folders[True]
     events = read_ledger(both / "ledger.jsonl")
     (at,) = [i for i, event in enumerate(events) if event["event"] == "rolling_back"]
     before = [what(e) for e in events[:at] if e["event"] == "retention"]
@@ -93,15 +97,16 @@ def test_a_rate_that_was_lowered_after_the_checkpoint_is_decided_again(folders):
     assert (events[at]["step"], events[at]["to_step"]) == (BAD_STEP, EVERY)
     assert before == [(2, "none", 1.0), (4, "lower_lr", 0.5)], "the bad step was not measured"
     assert after[0] == (4, "lower_lr", 0.5), "lowered once, not twice"
-    kept = [what(d) for d in decisions(folders["lower_lr", False])]
+    kept = [what(d) for d in decisions(folders[False])]
     assert before[:1] + after == kept
 
 
+@pytest.mark.parametrize("folders", ACTIONS[1:], indirect=True)
 def test_a_roll_back_of_the_gate_outlives_one_of_the_ladder(folders):
-    both = folders["roll_back", True]
+    both = folders[True]
     taken = [what(d) for d in decisions(both)]
     assert taken[:2] == [(2, "none", 1.0), (4, "roll_back", 0.01)]
-    assert taken == [what(d) for d in decisions(folders["roll_back", False])]
+    assert taken == [what(d) for d in decisions(folders[False])]
     events = read_ledger(both / "ledger.jsonl")
     (ladder,) = [e for e in events if e["event"] == "rolling_back"]
     assert (ladder["step"], ladder["to_step"]) == (BAD_STEP, 4), "what the gate saved serves both"
