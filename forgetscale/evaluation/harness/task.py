@@ -25,12 +25,13 @@ from forgetscale.evaluation.forced import Measured, MeasureSettings
 from forgetscale.evaluation.harness.backends import Backend
 from forgetscale.evaluation.harness.files import HarnessFile, read_harness_file
 from forgetscale.evaluation.harness.metrics import CORPUS, SENTENCE, register_metrics
+from forgetscale.evaluation.harness.rows import choose_rows
 from forgetscale.evaluation.results import Result, SampleRecord
 from forgetscale.evaluation.text_measures import chrf_metric, corpus_interval
 
 FEWSHOT_SEED = 1234
 """The harness's own default seed of few-shot examples."""
-_OPTIONS = {"chat_template", "system_instruction"}
+_OPTIONS = {"chat_template", "system_instruction", "sample", "shortest"}
 _RATIOS: Mapping[str, Callable[[float], float]] = {
     "word_perplexity": math.exp,
     "byte_perplexity": math.exp,
@@ -109,9 +110,18 @@ class HarnessTask:
             digest = "" if source is None else f" (SHA-256 {hash_file(source)[:16]})"
             log(f"task {file.name} runs {code.name} from {source or 'an installed module'}{digest}")
         self._task = _make_task(file)
+        self._keep_chosen(file)
         self.num_items = len(self._task.eval_docs)
         if not self.num_items:
             raise DataError(f"{file.path}: the data hold no documents.")
+
+    def _keep_chosen(self, file: HarnessFile) -> None:
+        """Leave out the rows that the task's file does not choose."""
+        options = (file.config.get("metadata") or {}).get("forgetscale") or {}
+        rows = choose_rows(self._task.eval_docs, options, self._tokenizer, str(file.path))
+        if rows is not None:
+            split = self._task.config.test_split or self._task.config.validation_split
+            self._task.dataset[split] = self._task.dataset[split].select(rows)
 
     def measure(
         self,

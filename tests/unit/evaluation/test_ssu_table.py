@@ -47,7 +47,10 @@ def table(tmp_path: Path) -> Path:
         "xlsum_target": {"text": "lo?", "summary": "mika", "ask": "ve?"},
     }
     for name, row in rows.items():
-        (data / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 2)
+        if name in ("flores", "xlsum_source", "xlsum_target"):
+            (data / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 501)
+        else:
+            (data / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 2)
         (data / f"{name}_dev.jsonl").write_text((json.dumps(row) + "\n") * 5)
     return folder
 
@@ -57,6 +60,9 @@ class Tokens:
 
     eos_token_id = 3
 
+    def __call__(self, text: str, **options: Any) -> dict[str, list[str]]:
+        return {"input_ids": list(text)}
+
 
 def test_every_task_of_the_table_can_be_made(table: Path) -> None:
     assert harness_names(table) == sorted(f"lm_eval/{name}" for name in SHOTS)
@@ -64,7 +70,7 @@ def test_every_task_of_the_table_can_be_made(table: Path) -> None:
         file = read_harness_file(table, f"lm_eval/{name}")
         assert file.config.get("num_fewshot", 0) == shots and not file.code
         task = load_harness(table, f"lm_eval/{name}", Tokens(), max_length=4096, stop_ids=[3])
-        assert task.num_items == 2
+        assert task.num_items == (500 if name in TEXTS else 2)
 
 
 def test_sampling_is_that_of_the_paper(table: Path) -> None:
@@ -102,13 +108,16 @@ def test_texts_are_decoded_with_beams_and_scored_as_sentences_and_corpus(
 ) -> None:
     sacrebleu = pytest.importorskip("sacrebleu", reason="pip install 'forgetscale[eval]'")
     rows = [("lo?", "mika"), ("where is ro?", "ta na"), ("ve?", "su su"), ("gu?", "pelo")]
-    lines = [json.dumps({"text": text, "summary": summary}) for text, summary in rows]
+    long = {"text": "lo? " * 10, "summary": "left out"}
+    lines = [json.dumps(long)]
+    lines += [json.dumps({"text": text, "summary": summary}) for text, summary in rows]
     path = table / "lm_eval" / "data" / "xlsum_source.jsonl"
     path.write_text("\n".join(lines))
     file = table / "lm_eval" / "_text.yaml"
     file.write_text(file.read_text().replace("max_gen_toks: 128", "max_gen_toks: 10"))
     file = table / "lm_eval" / "summarize_source.yaml"
-    file.write_text(file.read_text().replace("Summarize the text in one sentence.\\n", ""))
+    text = file.read_text().replace("Summarize the text in one sentence.\\n", "")
+    file.write_text(text.replace("rows: 500", "rows: 4"))
     found = evaluate_model(
         model_dir,
         ["lm_eval/summarize_source"],
