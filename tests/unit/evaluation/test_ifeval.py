@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from forgetscale.errors import DataError
-from forgetscale.evaluation import load_chat_task
+from forgetscale.evaluation import ifeval_text, load_chat_task
 from forgetscale.evaluation.forced import MeasureSettings
 from forgetscale.evaluation.ifeval import INSTRUCTIONS, follows, follows_loosely, loose_forms
-from forgetscale.evaluation.ifeval_text import ABBREVIATIONS, language_of, split_sentences
+from forgetscale.evaluation.ifeval_text import language_of, split_sentences
 from forgetscale.evaluation.tasks import ChatTask, Question
 from forgetscale.evaluation.text_measures import ifeval_measures
 
@@ -142,15 +142,12 @@ def answers() -> list[str]:
 def published() -> Any:
     """The checkers inside lm-evaluation-harness, without a download.
 
-    Its learned sentence model comes from a network; the same algorithm with our abbreviations
+    Its learned sentence model comes from a network; the same algorithm with our lists
     stands in for it in the two instructions that count sentences or words in capitals.
     """
     from nltk.tokenize.destructive import NLTKWordTokenizer
-    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 
-    parameters = PunktParameters()
-    parameters.abbrev_types = set(ABBREVIATIONS)
-    splitter, words = PunktSentenceTokenizer(parameters), NLTKWordTokenizer()
+    splitter, words = ifeval_text._sentence_splitter(), NLTKWordTokenizer()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nltk, "download", lambda *arguments: False)
         from lm_eval.tasks.ifeval import instructions_util, utils
@@ -220,6 +217,7 @@ def test_sentences_and_languages_need_no_download() -> None:
         "Dr. Smith met Mr. Jones at 3 p.m. in the U.S. army. They talked! About what? Fees, e.g. 5."
     )
     assert len(split_sentences(text)) == 4
+    assert len(split_sentences("It is in group B. The rest is in C. K. Chesterton wrote it.")) == 2
     assert [language_of(text) for text in (LONG[0], LONG[3], LONG[6], "12345")] == [
         "en",
         "de",
