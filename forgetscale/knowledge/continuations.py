@@ -16,7 +16,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from forgetscale.errors import DataError
+import torch
+
+from forgetscale.errors import ConfigError, DataError
 from forgetscale.evaluation.model import LoadedModel
 from forgetscale.generation.engines.base import TurnSampling
 from forgetscale.generation.engines.slots import SlotEngine
@@ -259,12 +261,27 @@ def draw_all(
         len(opening_ids(loaded, text)) for fact in facts for text in openings(fact, templates)
     )
     require_room(loaded, longest, drawing.max_new_tokens, model)
-    engine = SlotEngine(
-        loaded.model, num_slots=num_slots, max_tokens=longest + drawing.max_new_tokens
-    )
+    _require_finite(loaded, openings(facts[0], templates)[0], model)
     source = ContinuationSource(loaded, drawing, facts, templates)
     settings = WorkerSettings(worker_name(), journal_rows=_JOURNAL_ROWS)
-    Worker(store, plan, source, engine, settings, report=report).run()
+    try:
+        engine = SlotEngine(
+            loaded.model, num_slots=num_slots, max_tokens=longest + drawing.max_new_tokens
+        )
+        Worker(store, plan, source, engine, settings, report=report).run()
+    except ConfigError as error:
+        raise ConfigError(
+            f"the generator's engine cannot continue openings of up to {longest} tokens by"
+            f" --sample-tokens {drawing.max_new_tokens} with --sample-batch {num_slots}: {error}"
+        ) from error
+
+
+@torch.no_grad()
+def _require_finite(loaded: LoadedModel, text: str, model: Path) -> None:
+    """Check that a model works at all, before thousands of continuations are tried in vain."""
+    ids = torch.tensor([opening_ids(loaded, text)], device=loaded.model.device)
+    if not bool(torch.isfinite(loaded.model(ids, use_cache=False).logits).all()):
+        raise DataError(f"{model} gives {text!r} no finite logits; its weights are damaged.")
 
 
 def read_continuations(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from forgetscale.cli import main
@@ -194,3 +196,25 @@ def test_what_is_refused(model: Path, probed: Path, tmp_path: Path, capsys):
     assert "must be 0 (no ranks) or >= 2" in capsys.readouterr().err
     assert main(command(model, tmp_path / "out", "--sample-tokens", 62)) == 2
     assert "shorten the template or --sample-tokens" in capsys.readouterr().err
+
+
+def test_damaged_models(model: Path, tmp_path: Path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    assert main(command(broken, tmp_path / "out")) == 2
+    assert "no finite logits; its weights are damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_engines_limits_are_told_in_this_commands_words(model: Path, tmp_path: Path, capsys):
+    narrow = tmp_path / "narrow"
+    shutil.copytree(model, narrow)
+    config = json.loads((narrow / "config.json").read_text())
+    config |= {"model_type": "olmo3", "sliding_window": 5, "layer_types": ["sliding_attention"] * 2}
+    (narrow / "config.json").write_text(json.dumps(config))
+    assert main(command(narrow, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert "--sample-tokens 4 with --sample-batch 16: the model attends to 5 tokens back" in error
