@@ -2,9 +2,9 @@
 
 The folder is laid out as ``instruction_following_eval/data`` of github.com/google-research/
 google-research: ``input_data.jsonl`` (prompts) and, under ``test_output``, what its
-``evaluation_main`` writes for the answers of GPT-4 that lie beside them,
-``eval_results_strict.jsonl`` and ``eval_results_loose.jsonl``. The result kept here is over the copy
-in github.com/Podtech-AI/IFEval, which holds all three. Nothing is fetched.
+``evaluation_main`` writes for the answers of GPT-4 that lie beside them, in
+``eval_results_strict.jsonl`` and ``eval_results_loose.jsonl``. The result kept here is over the
+copy in github.com/Podtech-AI/IFEval, which holds all three. Nothing is fetched.
 
     python launch/bench/ifeval_parity.py --folder instruction_following_eval/data
 """

@@ -66,10 +66,10 @@ def test_first_and_last_point_are_those_of_the_folders(runs: Runs, settings: dic
 @pytest.mark.parametrize(
     ("point", "number"),
     [
-        ("in a step, before the optimizer", 1),
+        pytest.param("in a step, before the optimizer", 1, marks=pytest.mark.long),
         ("in a step, before the optimizer", 4),
         ("save: folder made", 2),
-        ("save: published", 2),
+        pytest.param("save: published", 2, marks=pytest.mark.long),
     ],
 )
 def test_a_crash_loses_and_doubles_no_point(
@@ -102,7 +102,7 @@ PHASES = (
 )
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_request_to_stop_is_heard_in_every_phase_and_loses_nothing(
     ranks: RankServer, runs: Runs, settings: dict, size: int
 ):
