@@ -134,6 +134,7 @@ class Crew:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self._lock.close()
             raise CheckpointError(
                 f"{self.folder} is being worked on by another process of rank {self.rank}; wait"
                 " for it, or give each rank its own --rank."
