@@ -25,6 +25,7 @@ from forgetscale.evaluation.text_measures import (
 
 sacrebleu = pytest.importorskip("sacrebleu", reason="pip install 'forgetscale[eval]'")
 pytest.importorskip("pycld2", reason="pip install 'forgetscale[eval]'")
+pytest.importorskip("langdetect", reason="pip install 'forgetscale[eval]'")
 
 SETTINGS = MeasureSettings(batch_size=2, seed=0, num_resamples=1000)
 ENGLISH = "The capital of France is Paris and the weather there is nice today."
@@ -123,19 +124,26 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_both_kinds_are_measured_from_files_on_any_number_of_ranks(
+def test_all_kinds_are_measured_from_files_on_any_number_of_ranks(
     model_dir: Path, tmp_path: Path, run_ranks: Any
 ) -> None:
     write_jsonl(tmp_path / "mt.jsonl", rows_of("chrf", answers=["mika lo"]))
     rows = rows_of("language_mixing", meta={"language": "en"})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mixing.parquet")
+    published = {
+        "key": 7,
+        "prompt": "lo?",
+        "instruction_id_list": ["punctuation:no_comma", "detectable_format:title"],
+        "kwargs": [{}, {}],
+    }
+    write_jsonl(tmp_path / "ifeval.jsonl", [published])
     outcomes = []
     for size in (1, 2):
         outcomes += run_ranks(
             size,
             lambda ranks, size=size: evaluate_model(
                 model_dir,
-                ["mt", "mixing"],
+                ["mt", "mixing", "ifeval"],
                 tmp_path,
                 tmp_path / f"out-{size}",
                 collective=ranks,
@@ -150,6 +158,13 @@ def test_both_kinds_are_measured_from_files_on_any_number_of_ranks(
         "chrf++_sentence",
         "answers_mixed",
     ]
+    shares = {item.metric: item.value for item in outcomes[0] if item.task == "ifeval"}
+    assert shares == {
+        "prompt_level_strict_acc": 0.0,
+        "inst_level_strict_acc": 0.5,
+        "prompt_level_loose_acc": 0.0,
+        "inst_level_loose_acc": 0.5,
+    }
     stored = json.loads((tmp_path / "out-1" / "results.json").read_text())
     assert stored["settings"]["chrf"] == chrf_signature()
 
