@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from forgetscale.artifact import canonical_json, hash_bytes, hash_file
 from forgetscale.errors import DataError
@@ -84,6 +85,7 @@ def load_model(model_dir: Path, *, dtype: str = "auto", device: str | None = Non
     if not any((model_dir / name).is_file() for name in _TOKENIZER_FILES):
         raise DataError(f"{model_dir} holds no tokenizer; copy the model's tokenizer files there.")
     tokenizer = load_tokenizer(model_dir)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model: Any = AutoModelForCausalLM.from_pretrained(
         model_dir,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),

@@ -54,9 +54,11 @@ class SafetensorsFolder:
             return dict(weight_map)
         if (self.directory / SINGLE_FILE).is_file():
             return dict.fromkeys(self._handle(SINGLE_FILE).keys(), SINGLE_FILE)
+        todo = "save the model with save_pretrained(safe_serialization=True)."
+        if (self.directory / "export").is_dir():
+            todo = f"it is a run: name its model, {self.directory / 'export'}."
         raise DataError(
-            f"model folder {self.directory} holds neither {SINGLE_FILE} nor {INDEX_FILE};"
-            " save the model with save_pretrained(safe_serialization=True)."
+            f"model folder {self.directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; {todo}"
         )
 
     def _handle(self, file: str) -> Any:

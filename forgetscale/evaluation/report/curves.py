@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _GRID_POINTS = 60
+_LETTER_WIDTH = 0.015
+"""Of a level's name, as a share of the narrower plot, with some air."""
 
 
 def _by_method(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -90,7 +93,7 @@ def retention_plot(data: Mapping[str, Any], *, wide: bool = False) -> str | None
     if is_rate(key):
         ax.set_ylim(-0.03, max(1.05, mean * 1.05))
     if len(curves) > 1:
-        _mark_levels(ax, data["matched_levels"])
+        _mark_levels(ax, data["matched_levels"], math.log(high / low))
     axis_labels(ax, "target perplexity (log scale; better to the right)", ability_label(key))
     legend(ax, loc="best")
     return to_svg(figure, f"{ability_label(key)} against target perplexity")
@@ -128,12 +131,19 @@ def _draw_band(
             linewidth=1.9, label=f"{method} ({len(curves)} seeds)")  # fmt: skip
 
 
-def _mark_levels(ax: Axes, levels: Sequence[Mapping[str, Any]]) -> None:
+def _mark_levels(ax: Axes, levels: Sequence[Mapping[str, Any]], width: float) -> None:
+    """Name the levels above the plot; one too close to the name before it goes a line higher."""
+    ends = [-math.inf, -math.inf]
     for level in levels:
-        ax.axvline(level["target_perplexity"], color="#b8c1cb", linewidth=1, linestyle=":")
-        ax.annotate(level["name"], (level["target_perplexity"], 1.0),
-                    xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8.5,
-                    color=MUTED)  # fmt: skip
+        perplexity = level["target_perplexity"]
+        place = -math.log(perplexity) / width  # grows to the right, 1 over the whole plot
+        half = _LETTER_WIDTH * len(level["name"]) / 2
+        line = 0 if place - half > ends[0] or place - half <= ends[1] else 1
+        ends[line] = place + half
+        ax.axvline(perplexity, color="#b8c1cb", linewidth=1, linestyle=":")
+        ax.annotate(level["name"], (perplexity, 1.0), xytext=(0, 1 + 10 * line),
+                    xycoords=("data", "axes fraction"), textcoords="offset points",
+                    ha="center", va="bottom", fontsize=8.5, color=MUTED)  # fmt: skip
 
 
 def steps_plot(data: Mapping[str, Any]) -> str | None:

@@ -77,6 +77,11 @@ class TestRefusals:
         with pytest.raises(DataError, match="holds neither model.safetensors nor .*; save the"):
             SafetensorsFolder(tmp_path)
 
+    def test_a_run_in_place_of_its_model(self, tmp_path):
+        (tmp_path / "export").mkdir()
+        with pytest.raises(DataError, match=rf"it is a run: name its model, {tmp_path}/export\."):
+            SafetensorsFolder(tmp_path)
+
     @pytest.mark.parametrize("keep", [0, 4, 300])
     def test_cut_file(self, tmp_path, plain, keep: int):
         data = (plain / "model.safetensors").read_bytes()
