@@ -2,7 +2,7 @@
 
 There are no collectives: a part's result is a file that appears whole or not at all, in a folder
 that all ranks see. So a killed job goes on where it stopped, with any number of processes, and a
-rank waits for others by looking.
+rank waits for others by looking; of one that was killed it hears nothing more, and stops.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 
 from forgetscale.artifact import fsync_path
 from forgetscale.errors import CheckpointError, ForgetScaleError
+from forgetscale.knowledge.sign_of_life import SILENT_SECONDS, SignOfLife
 from forgetscale.progress import Progress
 
 Arrays = dict[str, np.ndarray]
@@ -123,6 +124,7 @@ class Crew:
     visible: bool = True
     _pool: ProcessPoolExecutor | None = None
     _lock: IO[str] | None = None
+    _sign: SignOfLife | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of each finished stage."""
 
@@ -139,6 +141,9 @@ class Crew:
                 f"{self.folder} is being worked on by another process of rank {self.rank}; wait"
                 " for it, or give each rank its own --rank."
             ) from error
+        if self.size > 1:
+            self._sign = SignOfLife(self.folder, self.rank)
+            self._sign.start(self.size)
         if self.workers > 1:
             # Not forked from here, where torch may have threads: from a clean process that has
             # imported everything once.
@@ -160,6 +165,8 @@ class Crew:
             with contextlib.suppress(OSError):  # the failure itself may be a full disk
                 text = str(value) if known else repr(value)
                 self._failed(self.rank).write_text(text, encoding="utf-8")
+        if self._sign is not None:
+            self._sign.stop()
         if self._lock is not None:
             self._lock.close()
 
@@ -250,9 +257,16 @@ class Crew:
         """Look until something is there that another rank makes.
 
         Raises:
-            CheckpointError: Another rank failed.
+            CheckpointError: Another rank failed, or began and gives no sign of life.
         """
         while not is_ready():
+            silent = [] if self._sign is None else self._sign.silent(self.size)
+            if silent:
+                raise CheckpointError(
+                    f"rank {', '.join(map(str, silent))} gave no sign of life for"
+                    f" {SILENT_SECONDS:g} s in {self.folder}; this rank stops, start all again:"
+                    " they go on where they stopped."
+                )
             for rank in range(self.size):
                 path = self._failed(rank)
                 if rank != self.rank and path.is_file():

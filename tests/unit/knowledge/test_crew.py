@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 from forgetscale.errors import CheckpointError
+from forgetscale.knowledge import sign_of_life
+from forgetscale.knowledge.sign_of_life import SILENT_SECONDS
 from forgetscale.knowledge.work import Crew, until_published
 
 
@@ -51,3 +55,37 @@ def test_a_rank_has_one_process(tmp_path: Path):
     with Crew(tmp_path, visible=False), pytest.raises(CheckpointError, match="its own --rank"):
         with Crew(tmp_path, visible=False):
             raise AssertionError("two processes of one rank")
+
+
+def make_old(path: Path) -> None:
+    path.touch()
+    before = path.stat().st_mtime - SILENT_SECONDS - 1
+    os.utime(path, (before, before))
+
+
+def test_a_killed_rank_is_not_waited_for(tmp_path: Path):
+    with Crew(tmp_path, rank=0, size=3, visible=False) as crew:
+        looks = iter([False, True])
+        crew.wait_for(lambda: next(looks))  # the others may still be to come
+        make_old(tmp_path / "rank-2.alive")
+        with pytest.raises(CheckpointError, match="rank 2 gave no sign of life for 180 s"):
+            crew.wait_for(lambda: False)
+    assert not (tmp_path / "rank-0.alive").exists(), "who leaves is not waited for"
+
+
+def test_one_killed_in_an_earlier_start_may_come_back(tmp_path: Path):
+    make_old(tmp_path / "rank-1.alive")
+    with Crew(tmp_path, rank=0, size=2, visible=False) as crew:
+        looks = iter([False, False, True])
+        crew.wait_for(lambda: next(looks))
+
+
+def test_signs_go_on_while_a_rank_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sign_of_life, "SIGN_SECONDS", 0.01)
+    with Crew(tmp_path, rank=0, size=2, visible=False):
+        make_old(tmp_path / "rank-0.alive")
+        old = (tmp_path / "rank-0.alive").stat().st_mtime
+        deadline = time.monotonic() + 20
+        while (tmp_path / "rank-0.alive").stat().st_mtime == old:
+            assert time.monotonic() < deadline, "no further sign"
+            time.sleep(0.01)
