@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
 from forgetscale.data import tokenizer_hash, write_token_set
-from forgetscale.evaluation import Result, write_results
+from forgetscale.errors import StoppedEarly
+from forgetscale.evaluation import EvaluationOptions, Result, evaluate_model, write_results
 
 SPECIALS = ["<pad>", "<unk>", "<bos>", "<eos>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = (
@@ -295,3 +296,40 @@ class RunMaker:
 @pytest.fixture
 def make_run(tmp_path: Path) -> RunMaker:
     return RunMaker(tmp_path / "runs")
+
+
+class Stop:
+    """Asks to stop after some calls, on every rank alike."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise StoppedEarly("stopped")
+
+
+@pytest.fixture
+def evaluate_until(model_dir: Path, tmp_path: Path, run_ranks: Any) -> Any:
+    """Evaluate into ``out``, two questions a batch, until a request to stop."""
+
+    def start(
+        tasks: Sequence[str], folder: Path, calls: int, *, ranks: int = 1, **more: Any
+    ) -> list[Any]:
+        return run_ranks(
+            ranks,
+            lambda collective: evaluate_model(
+                model_dir,
+                tasks,
+                folder,
+                tmp_path / "out",
+                collective=collective,
+                batch_size=2,
+                options=EvaluationOptions(dtype="float32", device="cpu"),
+                before_call=Stop(calls),
+                **more,
+            ),
+        )
+
+    return start

@@ -18,18 +18,6 @@ FP32 = EvaluationOptions(dtype="float32", device="cpu")
 TASKS = ["compliance", "refusal", "no_refusal", "code_mixing", "recall"]
 
 
-class Stop:
-    """Asks to stop after some calls, on every rank alike."""
-
-    def __init__(self, calls: int) -> None:
-        self.left = calls
-
-    def __call__(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise StoppedEarly("stopped")
-
-
 def kept_keys(folder: Path) -> list[str]:
     return [
         f"{path.parent.parent.name}/{json.loads(line)['key']}"
@@ -42,31 +30,16 @@ def test_a_stopped_evaluation_goes_on_with_other_ranks(
     model_dir: Path,
     task_dir: Path,
     tmp_path: Path,
-    run_ranks: Any,
+    evaluate_until: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = evaluate_model(
         model_dir, TASKS, task_dir, tmp_path / "whole", batch_size=2, options=FP32
     )
 
-    def start(size: int, calls: int) -> Any:
-        return run_ranks(
-            size,
-            lambda ranks: evaluate_model(
-                model_dir,
-                TASKS,
-                task_dir,
-                tmp_path / "out",
-                collective=ranks,
-                batch_size=2,
-                options=FP32,
-                before_call=Stop(calls),
-            ),
-        )
-
     for size, calls in ((1, 2), (2, 2)):
         with pytest.raises(StoppedEarly):
-            start(size, calls)
+            evaluate_until(TASKS, task_dir, calls, ranks=size)
     kept = kept_keys(tmp_path / ".out.asked")
     assert len(kept) == len(set(kept)) == 2 * 2 + 4 * 2 - 2, "the batch that was left is of two"
     decoded: list[int] = []
@@ -77,7 +50,9 @@ def test_a_stopped_evaluation_goes_on_with_other_ranks(
         return decode(model, rows, *rest)
 
     monkeypatch.setattr(generate, "_decode", counted)
-    assert start(3, 1000) == [whole] * 3, "started on 1, 2 and 3 ranks, equal in every bit"
+    assert evaluate_until(TASKS, task_dir, 1000, ranks=3) == [whole] * 3, (
+        "started on 1, 2 and 3 ranks, equal in every bit"
+    )
     assert sum(decoded) == 4 * 6 - len(kept), "nothing was answered twice"
     assert not (tmp_path / ".out.asked").exists()
     for name in ("results.json", "samples.parquet"):
@@ -85,23 +60,11 @@ def test_a_stopped_evaluation_goes_on_with_other_ranks(
 
 
 def test_an_answer_to_another_question_or_model_does_not_count(
-    model_dir: Path, task_dir: Path, tmp_path: Path
+    task_dir: Path, tmp_path: Path, evaluate_until: Any
 ) -> None:
-    def start(limit: int, calls: int) -> None:
+    for limit, calls in ((20, 2), (12, 1)):
         with pytest.raises(StoppedEarly):
-            evaluate_model(
-                model_dir,
-                ["compliance"],
-                task_dir,
-                tmp_path / "out",
-                batch_size=2,
-                max_new_tokens=limit,
-                options=FP32,
-                before_call=Stop(calls),
-            )
-
-    start(limit=20, calls=2)
-    start(limit=12, calls=1)
+            evaluate_until(["compliance"], task_dir, calls, max_new_tokens=limit)
     kept = kept_keys(tmp_path / ".out.asked")
     assert len(kept) == 6 and len(set(kept)) == 4, "asked again under another limit"
 

@@ -191,23 +191,11 @@ def test_fewer_documents_than_processes(model_dir: Path, tmp_path: Path, run_ran
     assert outcomes[0][0][0].n == 1
 
 
-class Stop:
-    """Asks to stop after some calls, on every rank alike."""
-
-    def __init__(self, calls: int) -> None:
-        self.left = calls
-
-    def __call__(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise StoppedEarly("stopped")
-
-
 def test_a_stopped_evaluation_asks_only_what_is_open(
     model_dir: Path,
     harness_dir: Path,
     tmp_path: Path,
-    run_ranks: Any,
+    evaluate_until: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from forgetscale.evaluation.harness.backends import FolderBackend
@@ -216,24 +204,9 @@ def test_a_stopped_evaluation_asks_only_what_is_open(
         model_dir, NAMES, harness_dir, tmp_path / "whole", batch_size=2, options=FP32
     )
 
-    def start(size: int, calls: int) -> Any:
-        return run_ranks(
-            size,
-            lambda ranks: evaluate_model(
-                model_dir,
-                NAMES,
-                harness_dir,
-                tmp_path / "out",
-                collective=ranks,
-                batch_size=2,
-                options=FP32,
-                before_call=Stop(calls),
-            ),
-        )
-
     for size, calls in ((1, 3), (2, 2)):
         with pytest.raises(StoppedEarly):
-            start(size, calls)
+            evaluate_until(NAMES, harness_dir, calls, ranks=size)
     (kept,) = (tmp_path / ".out.asked").iterdir()
     path = sorted(kept.rglob("*.jsonl"))[0]
     text = path.read_text()
@@ -246,7 +219,7 @@ def test_a_stopped_evaluation_asks_only_what_is_open(
         return score(self, ids, mask)
 
     monkeypatch.setattr(FolderBackend, "score", counted)
-    found = start(3, 1000)
+    found = evaluate_until(NAMES, harness_dir, 1000, ranks=3)
     assert found == [whole] * 3, "bit-equal, though started three times on 1, 2 and 3 processes"
     assert 0 < len(asked) < 3 * 8 + 3, "not all of the 8 + 3 calls were made again"
 
