@@ -448,20 +448,6 @@ class CheckpointStore:
         rng = path / rng_file(self._world.rank)
         if rng.is_file():  # a rank that was not there before keeps the state it started with
             set_rng_state(json.loads(rng.read_text(encoding="utf-8")))
-        return _load_method_state(path / METHOD_FILE)
-
-
-def _load_method_state(path: Path) -> dict[str, Any]:
-    try:
-        found = torch.load(path, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # pickle's own among others, a module that nothing here imports
-        raise CheckpointError(
-            f"{path} holds something else than tensors and plain values, which torch's"
-            f" weights_only refuses ({type(error).__name__}), though its hash is right: another"
-            " program wrote it; remove this checkpoint to go on from the one before."
-        ) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}, expected a method's state.")
-    return found
+        found = torch.load(path / METHOD_FILE, weights_only=True)
+        assert isinstance(found, dict)
+        return found

@@ -142,7 +142,8 @@ def test_a_pickle_with_a_forged_manifest_does_not_run(ranks: RankServer, stopped
     (checkpoint / "manifest.json").write_bytes(canonical_json(manifest))
     verify_artifact(checkpoint, "checkpoint")
     outcome = ranks.run("training:command", 2, recipe=recipe)
-    refused(outcome, "which torch's weights_only refuses", 1)
+    assert all(code not in (0, None) for code in outcome.codes), outcome.logs
+    assert "weights_only" in "".join(outcome.logs)
     assert not mark.exists()
 
 
