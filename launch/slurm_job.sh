@@ -20,10 +20,11 @@ done
 export FORGETSCALE_REPOSITORY FORGETSCALE_PYTHON FORGETSCALE_SHARED
 
 # What one task of a step runs. USR1 goes to every process of a step: launchers must outlive it,
-# training takes it as the request to stop. How the task ended is noted, since srun ends the others
-# when one fails and then reports the largest of all exit codes.
+# training takes it as the request to stop. How the task ended is noted, also when it is told to by
+# TERM: srun ends the others when one fails and then reports the largest of all exit codes.
 on_node() {
   trap '' USR1
+  trap : TERM
   if [ -n "${FORGETSCALE_SETUP:-}" ]; then
     # shellcheck disable=SC1090
     source "$FORGETSCALE_SETUP" || fail "--setup: $FORGETSCALE_SETUP failed on ${SLURMD_NODENAME:-this node}."
@@ -43,16 +44,17 @@ on_node() {
       --master_addr "$FORGETSCALE_MASTER" --master_port "$FORGETSCALE_PORT" --module forgetscale)
   fi
   "${start[@]}" "$@"
-  local status=$? rank
+  local status=$? rank orphan=""
   # The deepspeed command ends with 0 when its launcher is killed; only ranks know that they ended.
   for rank in "${ranks[@]}"; do
     if [ "$status" -eq 0 ] && [ ! -e "$FORGETSCALE_SCRATCH/done-$rank" ]; then
-      echo "launch/slurm_job.sh: the launcher on ${SLURMD_NODENAME:-this node} ended, but rank $rank did not come to its end; was the launcher killed?" >&2
-      status=1
+      echo "launch/slurm_job.sh: the launcher on ${SLURMD_NODENAME:-this node} ended, but rank $rank did not come to its end; was the launcher killed? The ranks it left are ended." >&2
+      status=1 orphan=yes
     fi
   done
   echo "$(date +%s.%N) $status ${SLURMD_NODENAME:-}" \
     > "$FORGETSCALE_SCRATCH/end-$SLURM_STEP_ID-$SLURM_PROCID"
+  [ -z "$orphan" ] || scancel --signal=KILL "$SLURM_JOB_ID.$SLURM_STEP_ID"
   if [ "$status" -ne 0 ]; then
     # srun ends the others as soon as one fails: they get some time to say how they ended.
     local ended
@@ -101,17 +103,16 @@ step() {
       NR == 1 { chosen = $0; begun = $1 }
       !killed && $1 < begun + 10 && $2 > 128 && $2 != 143 && $2 != 241 { chosen = $0; killed = 1 }
       END { print chosen }')"
-    if [ -n "$first" ]; then
-      status="$(echo "$first" | cut -d ' ' -f 2)"
-      for node in "${expected[@]}"; do
-        grep -q " $node\$" "$FORGETSCALE_SCRATCH"/end-* || silent+=("$node")
-      done
-      echo "job $SLURM_JOB_ID: ended first with $status: ${first##* }${silent[*]:+; no word from ${silent[*]}}" >&2
-      for node in "${silent[@]}"; do
-        timeout 60 srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" true > /dev/null 2>&1 \
-          || lost+=("$node")
-      done
-    fi
+    [ -z "$first" ] || status="$(echo "$first" | cut -d ' ' -f 2)"
+    for node in "${expected[@]}"; do
+      grep -qs " $node\$" "$FORGETSCALE_SCRATCH"/end-* || silent+=("$node")
+    done
+    first="${first##* }"
+    echo "job $SLURM_JOB_ID: ended ${first:+first }with $status${first:+: $first}${silent[*]:+; no word from ${silent[*]}}" >&2
+    for node in "${silent[@]}"; do
+      timeout 60 srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" true > /dev/null 2>&1 \
+        || lost+=("$node")
+    done
   fi
   rm -f "$FORGETSCALE_SCRATCH"/end-* "$FORGETSCALE_SCRATCH"/done-*
   return "$status"

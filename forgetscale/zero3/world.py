@@ -201,6 +201,9 @@ def start_world(log_path: Path) -> World:
         log_path: File that receives DeepSpeed's and Python's log noise of this process.
 
     Collective: every rank must call it.
+
+    Raises:
+        ForgetScaleError: The port is taken, or not all ranks came.
     """
     require_torch()
     import_deepspeed(log_path)
@@ -219,15 +222,25 @@ def start_world(log_path: Path) -> World:
         init_method = f"file://{folder}/store"
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    deepspeed.init_distributed(
-        "nccl" if gpu else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=datetime.timedelta(minutes=TIMEOUT_MINUTES),
-        init_method=init_method,
-        rank=rank,
-        world_size=size,
-    )
+    try:
+        deepspeed.init_distributed(
+            "nccl" if gpu else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=datetime.timedelta(minutes=TIMEOUT_MINUTES),
+            init_method=init_method,
+            rank=rank,
+            world_size=size,
+        )
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "connectFullMesh" not in str(error):
+            raise
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+        first = str(error).splitlines()[0].rstrip(".")
+        raise ForgetScaleError(
+            f"rank {rank} cannot join the {size} ranks of the run at {place} ({first}); give the"
+            " launcher a free --master_port and check that the nodes reach each other."
+        ) from error
     return World(rank, size, local_rank, device)
 
 

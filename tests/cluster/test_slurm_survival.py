@@ -78,7 +78,7 @@ def test_a_killed_launcher_does_not_end_the_job_well(cluster: Cluster, tiny_worl
     log = log_of(tiny_world, job)
     assert (state.name, state.exit_code) == ("FAILED", 1), log
     assert "rank 0 did not come to its end; was the launcher killed?" in log
-    wait_for(lambda: not cluster.is_running(path), 60)
+    assert not cluster.is_running(path) and len(steps_of(folder)) < NUM_STEPS
 
 
 def test_a_rank_that_stands_still_is_named_and_a_requeue_goes_on(
@@ -113,7 +113,7 @@ def test_a_lost_node_stops_the_others_and_the_job_goes_on_elsewhere(
         wait_for(lambda: cluster.state(job).restarts > 0)
         assert_goes_on_to_the_end(cluster, tiny_world, job, folder, undisturbed(2))
         log = log_of(tiny_world, job)
-        assert f"ended first with 1: {first}; no word from {last}" in log
+        assert f": {first}; no word from {last}" in log
         assert f"job {job} lost {last}, which no longer answers; it is queued again" in log
     finally:
         cluster.start_node(last)

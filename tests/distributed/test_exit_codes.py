@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 
 import pytest
 
@@ -193,6 +194,20 @@ class TestPreflight:
         outcome = self.look(ranks, [tmp_path, tmp_path], [8, 4])
         assert outcome.codes == [2, 2], outcome.logs
         assert "n2 starts 4 processes, n1 8; mend or exclude" in errors(outcome)[0]
+
+
+def test_a_port_that_is_taken(ranks: RankServer, runs: Runs):
+    path, folder = write(runs, "port-taken")
+    with socket.create_server(("", 0)) as taken:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        arguments = ["train", "--config", str(path)]
+        outcome = ranks.run("cli:run", 1, join=False, env=place, arguments=arguments)
+    assert outcome.codes == [1], outcome.logs
+    (message,) = errors(outcome)
+    assert f"cannot join the 1 ranks of the run at 127.0.0.1:{place['MASTER_PORT']} (" in message
+    assert "address already in use" in message and "--master_port" in message
+    assert "Traceback" not in outcome.logs[0]
+    assert not (folder / "recipe.yaml").exists()
 
 
 def test_other_failures_give_1(ranks: RankServer, runs: Runs, tmp_path):
