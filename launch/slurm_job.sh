@@ -19,12 +19,25 @@ done
 : "${FORGETSCALE_SHARED:=$PWD}"
 export FORGETSCALE_REPOSITORY FORGETSCALE_PYTHON FORGETSCALE_SHARED
 
+# End a rank of this step that has lost its launcher; SLURM itself finds it by cgroups alone.
+end_rank() {
+  local process
+  for process in /proc/[0-9]*; do
+    if grep -szqx "RANK=$1" "$process/environ" \
+      && grep -szqx "SLURM_JOB_ID=$SLURM_JOB_ID" "$process/environ" \
+      && grep -szqx "SLURM_STEP_ID=$SLURM_STEP_ID" "$process/environ"; then
+      kill -KILL "${process#/proc/}"
+    fi
+  done
+}
+
 # What one task of a step runs. USR1 goes to every process of a step: launchers must outlive it,
 # training takes it as the request to stop. How the task ended is noted, also when it is told to by
 # TERM: srun ends the others when one fails and then reports the largest of all exit codes.
 on_node() {
   trap '' USR1
-  trap : TERM
+  local told=""
+  trap 'told=yes' TERM
   if [ -n "${FORGETSCALE_SETUP:-}" ]; then
     # shellcheck disable=SC1090
     source "$FORGETSCALE_SETUP" || fail "--setup: $FORGETSCALE_SETUP failed on ${SLURMD_NODENAME:-this node}."
@@ -44,19 +57,23 @@ on_node() {
       --master_addr "$FORGETSCALE_MASTER" --master_port "$FORGETSCALE_PORT" --module forgetscale)
   fi
   "${start[@]}" "$@"
-  local status=$? rank orphan=""
+  local status=$? rank left=()
   # The deepspeed command ends with 0 when its launcher is killed; only ranks know that they ended.
   for rank in "${ranks[@]}"; do
-    if [ "$status" -eq 0 ] && [ ! -e "$FORGETSCALE_SCRATCH/done-$rank" ]; then
-      echo "launch/slurm_job.sh: the launcher on ${SLURMD_NODENAME:-this node} ended, but rank $rank did not come to its end; was the launcher killed? The ranks it left are ended." >&2
-      status=1 orphan=yes
-    fi
+    [ "$status" -ne 0 ] || [ -e "$FORGETSCALE_SCRATCH/done-$rank" ] || left+=("$rank")
   done
-  echo "$(date +%s.%N) $status ${SLURMD_NODENAME:-}" \
+  if [ "${#left[@]}" -gt 0 ]; then
+    echo "launch/slurm_job.sh: the launcher on ${SLURMD_NODENAME:-this node} ended, but rank ${left[*]} did not come to its end; was the launcher killed? What it left is ended." >&2
+    for rank in "${left[@]}"; do end_rank "$rank"; done
+    status=1
+  fi
+  # Without the folder the job's script has ended already, and nobody reads it.
+  [ ! -d "$FORGETSCALE_SCRATCH" ] || echo "$(date +%s.%N) $status ${SLURMD_NODENAME:-}" \
     > "$FORGETSCALE_SCRATCH/end-$SLURM_STEP_ID-$SLURM_PROCID"
-  [ -z "$orphan" ] || scancel --signal=KILL "$SLURM_JOB_ID.$SLURM_STEP_ID"
-  if [ "$status" -ne 0 ]; then
-    # srun ends the others as soon as one fails: they get some time to say how they ended.
+  if [ "$status" -ne 0 ] && [ -z "$told" ]; then
+    # srun ends the others as soon as one fails: they get some time to say how they ended. A task
+    # that is told to end does so at once: SLURM repeats an order that takes long, and then it would
+    # hit the job's next start.
     local ended
     for _ in {1..100}; do
       ended=("$FORGETSCALE_SCRATCH/end-$SLURM_STEP_ID"-*)

@@ -39,6 +39,7 @@ SlurmdLogFile={folder}/slurmd-%n.log
 ReturnToService=2
 SlurmdTimeout=15
 KillWait=10
+MessageTimeout=60
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
