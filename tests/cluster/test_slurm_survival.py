@@ -24,7 +24,7 @@ from tests.cluster.long_runs import (
     write_recipe,
 )
 from tests.cluster.slurm import Cluster
-from tests.distributed.runs import load_weights
+from tests.distributed.runs import load_weights, read_lines
 
 Undisturbed = Callable[[int], dict[str, torch.Tensor]]
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
@@ -141,8 +141,15 @@ def test_of_three_nodes_one_is_lost_and_the_run_goes_on_with_two(
         ]
         assert steps_of(folder) == list(range(1, NUM_STEPS + 1))
         found, expected = load_weights(folder / "export"), undisturbed(2)
+        # Sums over three ranks round otherwise than over two; 4e-6 and 2e-6 were seen.
         for name, value in expected.items():
-            assert torch.allclose(found[name], value, rtol=0, atol=1e-3), name
+            assert torch.allclose(found[name], value, rtol=0, atol=3e-5), name
+        lines, plain = (
+            read_lines(place / "metrics.jsonl") for place in (folder, tiny_world / "undisturbed-2")
+        )
+        assert [line["loss"] for line in lines] == pytest.approx(
+            [line["loss"] for line in plain], rel=1e-5
+        )
     finally:
         cluster.start_node(nodes[-1])
         cluster.wait_for_nodes()
