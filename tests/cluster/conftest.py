@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cluster.long_runs import write_recipe
+from tests.cluster.long_runs import NUM_STEPS, write_recipe
 from tests.cluster.slurm import Cluster, why_not
 from tests.distributed import tiny
 from tests.distributed.harness import RankServer
@@ -32,12 +32,13 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(ranks: RankServer, tiny_world: Path) -> Callable[[int], dict[str, torch.Tensor]]:
-    """Number of processes -> final weights of the same recipe when nobody disturbs it."""
+def undisturbed(ranks: RankServer, tiny_world: Path) -> Callable[..., dict[str, torch.Tensor]]:
+    """Processes, steps -> final weights of the same recipe when nobody disturbs it."""
 
     @cache
-    def weights(size: int) -> dict[str, torch.Tensor]:
-        path, folder = write_recipe(tiny_world, f"undisturbed-{size}")
+    def weights(size: int, steps: int = NUM_STEPS) -> dict[str, torch.Tensor]:
+        changes = {"train.num_steps": steps}
+        path, folder = write_recipe(tiny_world, f"undisturbed-{size}-{steps}", changes)
         ranks.must("cli:run", size, arguments=["train", "--config", str(path)])
         return load_weights(folder / "export")
 

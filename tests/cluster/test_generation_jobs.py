@@ -69,6 +69,7 @@ def test_workers_on_two_nodes_write_the_bytes_of_one_process(
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.long
 def test_one_model_between_two_nodes_writes_the_same_text(
     cluster: Cluster, folder: Path, alone: Path
 ) -> None:

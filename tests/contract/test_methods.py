@@ -106,12 +106,20 @@ THIN = {
     "lora_null",
     "ewc_lora",
     "l2_sp_lora",
+    "adalora",
 }
-"""Methods on the same thin layers as ``alignguard_lora``: three ranks are a long test for them."""
-WITH_THREE = [
-    pytest.param(name, 3, marks=[pytest.mark.long] if name in THIN else [])
-    for name in sorted(METHODS)
-]
+"""Methods on the same thin layers as ``alignguard_lora``; ``adalora`` has a parity test of its own.
+Three ranks and the neutral setting are long tests for them."""
+
+
+def for_all(*values: object) -> list:
+    """Return parameters for all methods, long tests for the thin ones."""
+    return [
+        pytest.param(name, *values, marks=[pytest.mark.long] if name in THIN else [])
+        for name in sorted(METHODS)
+    ]
+
+
 ENDS = ("model.embed_tokens", "lm_head")
 EXACT = ("step", "loss", "grad_norm", "lr", "target_tokens")
 
@@ -142,7 +150,7 @@ def exact(path) -> list[tuple]:
     return [tuple(line[key] for key in EXACT) for line in read_lines(path / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize(("method", "size"), [*((m, 2) for m in sorted(METHODS)), *WITH_THREE])
+@pytest.mark.parametrize(("method", "size"), [*((m, 2) for m in sorted(METHODS)), *for_all(3)])
 def test_one_rank_equals_many(runs: Runs, method: str, size: int):
     one, many = (get(runs, method, n) for n in (1, size))
     assert many.losses == pytest.approx(one.losses, rel=2e-6)
@@ -176,7 +184,7 @@ def test_stop_and_resume_is_bit_equal(ranks: RankServer, runs: Runs, method: str
     assert all(torch.equal(found[name], weight) for name, weight in whole.export.items())
 
 
-@pytest.mark.parametrize(("method", "size"), [*((m, 1) for m in sorted(METHODS)), *WITH_THREE])
+@pytest.mark.parametrize(("method", "size"), [*((m, 1) for m in sorted(METHODS)), *for_all(3)])
 def test_frozen_bits_with_decay(runs: Runs, method: str, size: int):
     run = get(runs, method, size)
     assert run.recipe["optim"]["weight_decay"] > 0
@@ -193,6 +201,7 @@ def test_frozen_bits_with_decay(runs: Runs, method: str, size: int):
         assert moved.float().mean() > share or frozen.all(), name
 
 
+@pytest.mark.parametrize("method", for_all())
 def test_neutral_setting_is_sft(runs: Runs, method: str):
     settings = NEUTRAL[method]
     if settings is None:
