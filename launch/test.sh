@@ -32,16 +32,16 @@ if [ "${#arguments[@]}" -eq 0 ]; then
   trap 'kill "${pids[@]}" 2>/dev/null || true; rm -rf "$logs"' EXIT
   "$PYTHON" -m pytest "${selection[@]}" tests/unit tests/contract > "$logs/first" 2>&1 &
   pids+=($!)
-  "$PYTHON" -m pytest "${selection[@]}" tests/cluster tests/parity > "$logs/second" 2>&1 &
+  "$PYTHON" -m pytest "${selection[@]}" tests/cluster tests/parity tests/distributed/test_[a-d]*.py \
+    > "$logs/second" 2>&1 &
   pids+=($!)
   status=0
   echo "== tests on several processes"
-  "$PYTHON" -m pytest "${selection[@]}" --ignore tests/unit --ignore tests/contract \
-    --ignore tests/cluster --ignore tests/parity || status=$?
+  "$PYTHON" -m pytest "${selection[@]}" tests/golden tests/distributed/test_[e-z]*.py || status=$?
   echo "== unit tests, and what every method must keep"
   wait "${pids[0]}" || status=$?
   cat "$logs/first"
-  echo "== jobs on SLURM, and runs against dense references"
+  echo "== jobs on SLURM, runs against dense references, more on several processes"
   wait "${pids[1]}" || status=$?
   cat "$logs/second"
   exit "$status"

@@ -89,7 +89,7 @@ def test_first_values_do_not_depend_on_ranks_and_b_is_zero(ranks: RankServer, ru
     assert not torch.equal(a, found[0]["model.layers.1.mlp.down_proj.lora_A"])
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_stop_and_resume_is_bit_equal(ranks: RankServer, runs: Runs, size: int):
     """Also at another number of ranks: stopped on two, gone on with ``size``."""
     recipe = runs.recipe(f"adapter-resumed-{size}", SFT, {"adapter": LORA})

@@ -46,10 +46,13 @@ def test_a_projected_update_has_no_part_in_the_directions(runs: Runs, reading: s
 @pytest.mark.parametrize(
     "method",
     [
-        section("vector", strength=2.0),
+        pytest.param(section("vector", strength=2.0), marks=pytest.mark.long),
         section("two_sided", strength=2.0),
         section("left", "prox", strength=200.0, task_strength=20.0),
-        section("right", collision={"strength": 5.0, "metric": "diagonal", "tau": 0.001}),
+        pytest.param(
+            section("right", collision={"strength": 5.0, "metric": "diagonal", "tau": 0.001}),
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["vector", "two_sided", "prox", "collision"],
 )

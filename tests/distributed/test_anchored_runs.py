@@ -31,7 +31,9 @@ def sides(run) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("reading", ["left", "right", "two_sided"])
+@pytest.mark.parametrize(
+    "reading", ["left", pytest.param("right", marks=pytest.mark.long), "two_sided"]
+)
 def test_the_change_has_no_part_in_the_directions(runs: Runs, reading: str, size: int):
     run = runs.get(guarded(reading), size)
     basis, seen = sides(run), 0
@@ -50,7 +52,15 @@ def test_the_change_has_no_part_in_the_directions(runs: Runs, reading: str, size
     assert all(line["method/leak"] > 1e-4 for line in run.metrics[2:])
 
 
-@pytest.mark.parametrize("reading", ["right", "two_sided", "vector", "mask"])
+@pytest.mark.parametrize(
+    "reading",
+    [
+        pytest.param("right", marks=pytest.mark.long),
+        "two_sided",
+        pytest.param("vector", marks=pytest.mark.long),
+        "mask",
+    ],
+)
 def test_one_rank_equals_three(runs: Runs, reading: str):
     one, many = (runs.get(guarded(reading), size) for size in (1, 3))
     assert many.losses == pytest.approx(one.losses, rel=2e-6)
@@ -86,7 +96,9 @@ def test_the_penalty_counts_once_whatever_the_micro_batches(runs: Runs):
     assert last["method/penalty_grad_norm"] > 0.1 * last["method/task_grad_norm"]
 
 
-@pytest.mark.parametrize(("size", "offload"), [(2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("size", "offload"), [pytest.param(2, False, marks=pytest.mark.long), (2, True)]
+)
 def test_copies_stay_in_step_at_half_precision(runs: Runs, size: int, offload: bool):
     world = runs.world("bf16", dtype=torch.bfloat16)
     run = runs.get(guarded("left"), size, offload=offload, world=world, model__dtype="bfloat16")

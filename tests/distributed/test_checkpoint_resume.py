@@ -33,7 +33,10 @@ def steps_of(folder: Path) -> list[str]:
     return sorted(p.name for p in (folder / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize(("dtype", "offload"), [("bfloat16", False), ("bfloat16", True)])
+@pytest.mark.parametrize(
+    ("dtype", "offload"),
+    [("bfloat16", False), pytest.param("bfloat16", True, marks=pytest.mark.long)],
+)
 def test_resume_in_bf16_and_with_offload(ranks: RankServer, runs: Runs, dtype, offload):
     world = runs.world("bf16", dtype=torch.bfloat16)
     recipe = runs.recipe(f"kill-bf16-{offload}", SSU, {"model.dtype": dtype}, world)
@@ -170,7 +173,10 @@ def test_latest_is_only_a_hint(ranks: RankServer, runs: Runs, stopped):
 # ---- full disk --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("how", "rank"), [("limit", None), ("limit", 0), ("limit", 1)])
+@pytest.mark.parametrize(
+    ("how", "rank"),
+    [("limit", None), pytest.param("limit", 0, marks=pytest.mark.long), ("limit", 1)],
+)
 def test_disk_full_while_saving(ranks: RankServer, runs: Runs, how: str, rank: int | None):
     recipe = runs.recipe(f"full-{how}-{rank}", SSU)
     outcome = ranks.run(
@@ -227,7 +233,14 @@ LAYOUTS = [("compact", "masked"), ("masked", "compact")]
 
 
 @pytest.mark.parametrize(("first", "second"), LAYOUTS)
-@pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (2, 2),
+        pytest.param(3, 1, marks=pytest.mark.long),
+        pytest.param(1, 2, marks=pytest.mark.long),
+    ],
+)
 def test_a_checkpoint_resumes_under_the_other_layout(
     ranks: RankServer, runs: Runs, first: str, second: str, before: int, after: int
 ):

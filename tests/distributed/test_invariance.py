@@ -19,7 +19,10 @@ def assert_same(run: Run, expected: Run) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("micro", [1, 3, 7, 16])
+@pytest.mark.parametrize(
+    "micro",
+    [1, pytest.param(3, marks=pytest.mark.long), pytest.param(7, marks=pytest.mark.long), 16],
+)
 def test_micro_batch_size_does_not_change_the_step(runs: Runs, size: int, micro: int):
     assert_same(runs.get("ssu", size, train__micro_batch_size=micro), runs.get("ssu", size))
 
@@ -40,7 +43,10 @@ def test_activation_checkpointing_is_at_work(ranks, runs: Runs):
     assert counts["with"] == 2 * counts["without"]
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 1024])
+@pytest.mark.parametrize(
+    "chunk",
+    [1, pytest.param(5, marks=pytest.mark.long), pytest.param(1024, marks=pytest.mark.long)],
+)
 def test_loss_chunks(runs: Runs, chunk: int):
     assert_same(runs.get("ssu", 2, train__loss_chunk_size=chunk), runs.get("ssu", 2))
 
@@ -57,7 +63,7 @@ def test_loss_chunks(runs: Runs, chunk: int):
     ],
     ids=lambda s: next(iter(s)),
 )
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("offload", [pytest.param(False, marks=pytest.mark.long), True])
 def test_accepted_deepspeed_settings(runs: Runs, settings: dict, offload: bool):
     name = "zero3_offload.json" if offload else "zero3.json"
     config = json.loads((runs.world() / name).read_text())

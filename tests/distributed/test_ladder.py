@@ -58,7 +58,7 @@ def assert_same_end(recipe: dict, expected: Run) -> None:
         assert torch.equal(found[name], weight), name
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_steps_are_skipped_by_all_ranks_and_the_row_is_named(
     ranks: RankServer, runs: Runs, world: Path, size: int
 ):
@@ -126,7 +126,7 @@ def test_killed_while_going_back(
     assert names == ["rolling_back", "rolled_back"]
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_after_going_back_often_enough_the_run_stops_with_the_documents(
     ranks: RankServer, runs: Runs, world: Path, size: int
 ):

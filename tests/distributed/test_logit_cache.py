@@ -206,7 +206,14 @@ class TestTraining:
         plain = caches.runs.get("ssu", 1, data=caches.data)
         assert many.losses[-1] != pytest.approx(plain.losses[-1], rel=1e-4)
 
-    @pytest.mark.parametrize(("kind", "size"), [("sft_kl", 1), ("sft_kl", 3), ("psft", 2)])
+    @pytest.mark.parametrize(
+        ("kind", "size"),
+        [
+            pytest.param("sft_kl", 1, marks=pytest.mark.long),
+            ("sft_kl", 3),
+            pytest.param("psft", 2, marks=pytest.mark.long),
+        ],
+    )
     def test_a_frozen_model_says_what_the_cache_says(self, caches: Caches, kind: str, size: int):
         wanted = {"model": "source"} | ({"top_k": TOP_K} if kind == "sft_kl" else {})
         live = self.run(caches, kind, size, wanted)

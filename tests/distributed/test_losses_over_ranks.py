@@ -33,7 +33,7 @@ def uneven(runs: Runs) -> str:
 
 
 @pytest.mark.parametrize("method", [EAFT, WEIGHTS], ids=["tokens", "weights"])
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_uneven_targets(runs: Runs, uneven: str, method: dict, size: int):
     changes = {"data__path": uneven, "data__document_mask": True}
     one, many = (runs.get(method, n, **changes) for n in (1, size))
@@ -50,7 +50,14 @@ def test_rank_without_any_target(runs: Runs, method: dict):
 
 
 @pytest.mark.parametrize("method", [EAFT, WEIGHTS], ids=["tokens", "weights"])
-@pytest.mark.parametrize(("micro", "chunk", "size"), [(1, 13, 2), (7, 1024, 1), (3, 5, 3)])
+@pytest.mark.parametrize(
+    ("micro", "chunk", "size"),
+    [
+        pytest.param(1, 13, 2, marks=pytest.mark.long),
+        pytest.param(7, 1024, 1, marks=pytest.mark.long),
+        (3, 5, 3),
+    ],
+)
 def test_cut_of_the_step(runs: Runs, method: dict, micro: int, chunk: int, size: int):
     # With micro-batches of 1 and two ranks one of them passes a micro-batch without a target.
     changes = {"train__micro_batch_size": micro, "train__loss_chunk_size": chunk}
@@ -60,7 +67,9 @@ def test_cut_of_the_step(runs: Runs, method: dict, micro: int, chunk: int, size:
 RANDOM = {**SSU, "loss": {"kind": "random_gate", "mean_gate": 0.4, "normalize": "weights"}}
 
 
-@pytest.mark.parametrize(("micro", "size"), [(1, 2), (3, 3), (7, 1)])
+@pytest.mark.parametrize(
+    ("micro", "size"), [(1, 2), (3, 3), pytest.param(7, 1, marks=pytest.mark.long)]
+)
 def test_random_gate_belongs_to_the_token(runs: Runs, micro: int, size: int):
     assert_same(runs.get(RANDOM, size, train__micro_batch_size=micro), runs.get(RANDOM, 1))
 

@@ -64,7 +64,7 @@ def assert_rates(folder: Path, plain: Run, factors: list[float]) -> None:
     assert found == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("action", ["warn", "lower_lr", "roll_back", "stop"])
 def test_each_action(ranks: RankServer, runs: Runs, task_dir: Path, action: str, size: int):
     name = f"gate-{action}-{size}"
@@ -122,7 +122,9 @@ def test_one_and_two_ranks_decide_alike(runs: Runs, ranks: RankServer, task_dir:
     assert taken[0] == taken[1] and (4, "roll_back") in taken[0]
 
 
-@pytest.mark.parametrize("after", ["the decision", "the removal"])
+@pytest.mark.parametrize(
+    "after", ["the decision", pytest.param("the removal", marks=pytest.mark.long)]
+)
 def test_a_kill_in_a_roll_back_is_finished_by_the_next_start(
     ranks: RankServer, runs: Runs, task_dir: Path, after: str
 ):

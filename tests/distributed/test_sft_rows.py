@@ -56,7 +56,7 @@ def test_only_supervised_tokens_count(runs: Runs, path: str, data: dict, mask: b
     assert expected == first_loss(runs, path, range(len(token_set)), apart=mask)[1]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_any_number_of_ranks(runs: Runs, data: dict, size: int):
     one, many = (runs.get("ssu", n, data=data) for n in (1, size))
     assert one.rows == many.rows

@@ -84,7 +84,7 @@ def expected(ranks: RankServer, runs: Runs):
     return losses, ranks_after, masters, logits
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 2, 3])
 def test_losses_ranks_and_factors_are_pefts(runs: Runs, expected, size: int):
     losses, _, masters, logits = expected
     run = get(runs, size)
@@ -109,7 +109,7 @@ def test_the_schedule_is_driven(runs: Runs, expected):
     assert budgets == sorted(budgets, reverse=True) and budgets[7:] == [28.0] * 3
 
 
-@pytest.mark.parametrize("stop", [3, 9])
+@pytest.mark.parametrize("stop", [3, pytest.param(9, marks=pytest.mark.long)])
 def test_resumed_at_another_number_of_ranks(ranks: RankServer, runs: Runs, stop: int):
     """Importance (stop in the middle) and what is kept (after the last choice) are saved whole."""
     changes = {key.replace("__", "."): value for key, value in CHANGES.items()}

@@ -67,8 +67,8 @@ LOSSES = {
 }
 CASES = [
     *[("sft", "eaft", size) for size in (1, 2, 3)],
-    *[("ssu", "eaft", size) for size in (1, 2, 3)],
-    *[("masked", "eaft", size) for size in (1, 3)],
+    *[("ssu", "eaft", size) for size in (1, 3)],
+    *[pytest.param("masked", "eaft", size, marks=pytest.mark.long) for size in (1, 3)],
     *[("ssu", "eaft-of-weights", size) for size in (1, 3)],
     ("sft", "eaft-published", 2),
     ("sft", "mile", 2),

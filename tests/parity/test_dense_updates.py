@@ -115,7 +115,7 @@ def assert_equal(run: Run, after: After) -> None:
     assert_same_weights(run.masters, {n: w.detach() for n, w in dense.model.weights.items()})
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.long), 3])
 @pytest.mark.parametrize("method", [SPD, MOFO], ids=lambda method: method["kind"])
 def test_update_rules(runs: Runs, method: dict, world: int):
     assert_equal(runs.get(method, world), spd if method is SPD else mofo)
@@ -137,9 +137,9 @@ def test_both_rules_are_at_work(runs: Runs):
 @pytest.mark.parametrize(
     ("world", "section"),
     [
-        (1, {"every_steps": 2, "fraction": 0.3}),
+        pytest.param(1, {"every_steps": 2, "fraction": 0.3}, marks=pytest.mark.long),
         (2, {"every_steps": 2, "fraction": 0.3}),
-        (3, {"every_steps": 2, "fraction": 0.3}),
+        pytest.param(3, {"every_steps": 2, "fraction": 0.3}, marks=pytest.mark.long),
         (2, {"every_steps": 1, "fraction": 0.15, "scope": "tensor", "momentum": "keep"}),
         (3, {"every_steps": 3, "fraction": 0.4, "score": "absolute"}),
     ],

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from string import ascii_lowercase
 
 import pytest
 
@@ -148,3 +149,12 @@ def test_public_functions_of_the_pure_packages_say_what_they_take():
                     if len(node.args.args) + len(node.args.kwonlyargs) > 2 and "Args:" not in text:
                         missing.append(f"{relative(path)}:{node.name}")
     assert not missing, "docstrings without Args"
+
+
+def test_every_folder_of_tests_is_in_the_parts_that_run():
+    script = (ROOT / "launch" / "test.sh").read_text(encoding="utf-8")
+    folders = {path.parent.relative_to(ROOT).parts[1] for path in ROOT.glob("tests/**/test_*.py")}
+    assert folders >= {"unit", "contract", "distributed"}
+    assert all(f"tests/{name}" in script for name in folders), sorted(folders)
+    starts = {path.name[5] for path in ROOT.glob("tests/distributed/test_*.py")}
+    assert starts <= set(ascii_lowercase), "parts of distributed tests go by their first letter"

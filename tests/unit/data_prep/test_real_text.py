@@ -33,7 +33,10 @@ def test_builds(make, tokenizer, language, release, documents):
     assert r"\n" not in first
 
 
-@pytest.mark.parametrize("language", ["am", "en", "gu", "ha", "ig", "ky", "ne", "sw"])
+@pytest.mark.parametrize(
+    "language",
+    ["am", "en", pytest.param("gu", marks=pytest.mark.long), "ha", "ig", "ky", "ne", "sw"],
+)
 def test_every_document_of_every_language_comes_back_from_the_stream(make, tokenizer, language):
     """Best-fit rows, streamed by three ranks, put together again by file and line."""
     release = "v1" if language == "ne" else None
