@@ -30,15 +30,16 @@ if [ "${#arguments[@]}" -eq 0 ]; then
   logs="$(mktemp -d)"
   pids=()
   trap 'kill "${pids[@]}" 2>/dev/null || true; rm -rf "$logs"' EXIT
-  "$PYTHON" -m pytest "${selection[@]}" tests/unit tests/contract > "$logs/first" 2>&1 &
+  "$PYTHON" -m pytest "${selection[@]}" tests/unit tests/contract tests/distributed/test_[s-z]*.py \
+    > "$logs/first" 2>&1 &
   pids+=($!)
-  "$PYTHON" -m pytest "${selection[@]}" tests/cluster tests/parity tests/distributed/test_[a-d]*.py \
+  "$PYTHON" -m pytest "${selection[@]}" tests/cluster tests/parity tests/distributed/test_[a-e]*.py \
     > "$logs/second" 2>&1 &
   pids+=($!)
   status=0
   echo "== tests on several processes"
-  "$PYTHON" -m pytest "${selection[@]}" tests/golden tests/distributed/test_[e-z]*.py || status=$?
-  echo "== unit tests, and what every method must keep"
+  "$PYTHON" -m pytest "${selection[@]}" tests/golden tests/distributed/test_[f-r]*.py || status=$?
+  echo "== unit tests, what every method must keep, more on several processes"
   wait "${pids[0]}" || status=$?
   cat "$logs/first"
   echo "== jobs on SLURM, runs against dense references, more on several processes"
