@@ -145,7 +145,8 @@ def test_of_three_nodes_one_is_lost_and_the_run_goes_on_with_two(
         for name, value in expected.items():
             assert torch.allclose(found[name], value, rtol=0, atol=3e-5), name
         lines, plain = (
-            read_lines(place / "metrics.jsonl") for place in (folder, tiny_world / "undisturbed-2")
+            read_lines(place / "metrics.jsonl")
+            for place in (folder, tiny_world / f"undisturbed-2-{NUM_STEPS}")
         )
         assert [line["loss"] for line in lines] == pytest.approx(
             [line["loss"] for line in plain], rel=1e-5
